@@ -1,0 +1,78 @@
+// The arguments of each kernel as one structure (fields in the order of vssm_cpu.h) and the table of kernels that every
+// instruction set provides.
+#pragma once
+#include "vssm_cpu.h"
+
+struct ScanSizes {
+    int64_t batch, channels, length, states, groups, chunk, num_threads;
+
+    int64_t chunks() const { return (length + chunk - 1) / chunk; }
+    int64_t group_channels() const { return channels / groups; }
+};
+
+struct ScanForward {
+    int64_t dtype;
+    const void *u, *delta;
+    const float* A;
+    const void *B, *C;
+    const float* D;
+    const void* z;
+    const float* delta_bias;
+    int64_t delta_softplus;
+    void* out;
+    float *last_state, *chunk_states;
+    ScanSizes size;
+};
+
+struct ScanBackward {
+    int64_t dtype;
+    const void* grad_out;
+    const float* grad_last_state;
+    const void *u, *delta;
+    const float* A;
+    const void *B, *C;
+    const float* D;
+    const void* z;
+    const float *delta_bias, *chunk_states;
+    int64_t delta_softplus;
+    void *du, *ddelta;
+    float* dA;
+    void *dB, *dC;
+    float* dD;
+    void* dz;
+    float *ddelta_bias, *workspace;
+    ScanSizes size;
+};
+
+struct ConvSizes {
+    int64_t batch, channels, length, taps, num_threads;
+};
+
+struct ConvForward {
+    int64_t dtype;
+    const void* x;
+    const float *weight, *bias;
+    int64_t silu;
+    void* out;
+    ConvSizes size;
+};
+
+struct ConvBackward {
+    int64_t dtype;
+    const void *grad_out, *x;
+    const float *weight, *bias;
+    int64_t silu;
+    void* dx;
+    float *dweight, *dbias, *workspace;
+    ConvSizes size;
+};
+
+struct Kernels {
+    const char* level;
+    void (*scan_forward)(const ScanForward&);
+    int64_t (*scan_backward_workspace)(const ScanSizes&);
+    void (*scan_backward)(const ScanBackward&);
+    void (*conv_forward)(const ConvForward&);
+    int64_t (*conv_backward_workspace)(const ConvSizes&);
+    void (*conv_backward)(const ConvBackward&);
+};

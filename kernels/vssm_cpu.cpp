@@ -1,0 +1,102 @@
+// The C interface: chooses the instruction set once and passes every call on to its kernels.
+#include "calls.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#define VSSM_DECLARE(LEVEL)                               \
+    namespace LEVEL {                                     \
+    void scan_forward(const ScanForward&);                \
+    int64_t scan_backward_workspace(const ScanSizes&);    \
+    void scan_backward(const ScanBackward&);              \
+    void conv_forward(const ConvForward&);                \
+    int64_t conv_backward_workspace(const ConvSizes&);    \
+    void conv_backward(const ConvBackward&);              \
+    }
+#define VSSM_KERNELS(NAME, LEVEL)                                                               \
+    Kernels {                                                                                   \
+        NAME, LEVEL::scan_forward, LEVEL::scan_backward_workspace, LEVEL::scan_backward,        \
+            LEVEL::conv_forward, LEVEL::conv_backward_workspace, LEVEL::conv_backward           \
+    }
+
+#if defined(VSSM_X86_LEVELS)
+VSSM_DECLARE(vssm_v2)
+VSSM_DECLARE(vssm_v3)
+VSSM_DECLARE(vssm_v4)
+#else
+VSSM_DECLARE(vssm_baseline)
+#endif
+
+namespace {
+
+Kernels choose() {
+#if defined(VSSM_X86_LEVELS)
+    const char* wanted = getenv("VSSM_SIMD");
+    auto allowed = [&](const char* level) { return !wanted || strcmp(level, wanted) <= 0; };
+    __builtin_cpu_init();
+    bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+              __builtin_cpu_supports("avx512vl");
+    if (v4 && allowed("v4")) return VSSM_KERNELS("v4", vssm_v4);
+    if (v3 && allowed("v3")) return VSSM_KERNELS("v3", vssm_v3);
+    return VSSM_KERNELS("v2", vssm_v2);
+#else
+    return VSSM_KERNELS("baseline", vssm_baseline);
+#endif
+}
+
+const Kernels& kernels() {
+    static const Kernels chosen = choose();
+    return chosen;
+}
+
+}  // namespace
+
+int64_t vssm_abi(void) { return 1; }
+
+const char* vssm_simd_level(void) { return kernels().level; }
+
+void vssm_selective_scan_forward(int64_t dtype, const void* u, const void* delta, const float* A, const void* B,
+                                 const void* C, const float* D, const void* z, const float* delta_bias,
+                                 int64_t delta_softplus, void* out, float* last_state, float* chunk_states,
+                                 int64_t batch, int64_t channels, int64_t length, int64_t states, int64_t groups,
+                                 int64_t chunk, int64_t num_threads) {
+    kernels().scan_forward({dtype, u, delta, A, B, C, D, z, delta_bias, delta_softplus, out, last_state, chunk_states,
+                            {batch, channels, length, states, groups, chunk, num_threads}});
+}
+
+int64_t vssm_selective_scan_backward_workspace(int64_t batch, int64_t channels, int64_t length, int64_t states,
+                                               int64_t groups, int64_t chunk, int64_t num_threads) {
+    return kernels().scan_backward_workspace({batch, channels, length, states, groups, chunk, num_threads});
+}
+
+void vssm_selective_scan_backward(int64_t dtype, const void* grad_out, const float* grad_last_state, const void* u,
+                                  const void* delta, const float* A, const void* B, const void* C, const float* D,
+                                  const void* z, const float* delta_bias, const float* chunk_states,
+                                  int64_t delta_softplus, void* du, void* ddelta, float* dA, void* dB, void* dC,
+                                  float* dD, void* dz, float* ddelta_bias, float* workspace, int64_t batch,
+                                  int64_t channels, int64_t length, int64_t states, int64_t groups, int64_t chunk,
+                                  int64_t num_threads) {
+    kernels().scan_backward({dtype, grad_out, grad_last_state, u, delta, A, B, C, D, z, delta_bias, chunk_states,
+                             delta_softplus, du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, workspace,
+                             {batch, channels, length, states, groups, chunk, num_threads}});
+}
+
+void vssm_causal_conv1d_forward(int64_t dtype, const void* x, const float* weight, const float* bias, int64_t silu,
+                                void* out, int64_t batch, int64_t channels, int64_t length, int64_t taps,
+                                int64_t num_threads) {
+    kernels().conv_forward({dtype, x, weight, bias, silu, out, {batch, channels, length, taps, num_threads}});
+}
+
+int64_t vssm_causal_conv1d_backward_workspace(int64_t length, int64_t num_threads) {
+    return kernels().conv_backward_workspace({1, 1, length, 1, num_threads});
+}
+
+void vssm_causal_conv1d_backward(int64_t dtype, const void* grad_out, const void* x, const float* weight,
+                                 const float* bias, int64_t silu, void* dx, float* dweight, float* dbias,
+                                 float* workspace, int64_t batch, int64_t channels, int64_t length, int64_t taps,
+                                 int64_t num_threads) {
+    kernels().conv_backward({dtype, grad_out, x, weight, bias, silu, dx, dweight, dbias, workspace,
+                             {batch, channels, length, taps, num_threads}});
+}

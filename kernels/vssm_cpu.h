@@ -1,0 +1,96 @@
+// C interface of libvssm_cpu: the native CPU kernels of vssm. vssm/ops/native.py declares the same signatures.
+//
+// Letters: B batch, D channels, L steps, N states, G groups of B and C, K taps, S chunks of T steps (S = ceil(L / T)).
+// All arrays are contiguous, row-major and have the shape given. "any" arrays hold elements of `dtype`; all others are
+// float32. A null pointer leaves an optional array out. No function allocates, throws or checks: callers pass valid
+// shapes, and workspaces of at least the size that the function named with them returns. Results do not depend on num_threads, nor
+// an item's results on the rest of its batch.
+#pragma once
+#include <cstdint>
+
+#if defined(_WIN32)
+#define VSSM_EXPORT extern "C" __declspec(dllexport)
+#else
+#define VSSM_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+enum VssmDtype : int64_t { VSSM_FLOAT32 = 0, VSSM_BFLOAT16 = 1, VSSM_FLOAT16 = 2 };
+
+// Largest N that the scan takes.
+constexpr int64_t VSSM_MAX_STATES = 256;
+
+// Number of this interface: to be raised with every change of a signature or a meaning in this file.
+VSSM_EXPORT int64_t vssm_abi(void);
+
+// Instruction set in use: "v4", "v3" or "v2" (x86-64 levels) or "baseline". The best that the processor has, or the
+// lower one that the environment variable VSSM_SIMD names when the library is first used.
+VSSM_EXPORT const char* vssm_simd_level(void);
+
+// Selective scan; vssm/ops/selective_scan/__init__.py holds the equations.
+VSSM_EXPORT void vssm_selective_scan_forward(
+    int64_t dtype,
+    const void* u,            // any (B, D, L)
+    const void* delta,        // any (B, D, L)
+    const float* A,           // (D, N)
+    const void* B,            // any (B, G, N, L)
+    const void* C,            // any (B, G, N, L)
+    const float* D,           // (D), optional
+    const void* z,            // any (B, D, L), optional
+    const float* delta_bias,  // (D), optional
+    int64_t delta_softplus,   // 0 or 1
+    void* out,                // result: any (B, D, L)
+    float* last_state,        // result: (B, D, N), the state after the last step
+    float* chunk_states,      // result: (B, D, S, N), the state before the first step of each chunk
+    int64_t batch, int64_t channels, int64_t length, int64_t states, int64_t groups,
+    int64_t chunk,            // T, a multiple of 16
+    int64_t num_threads);
+
+// Floats of workspace that vssm_selective_scan_backward needs.
+VSSM_EXPORT int64_t vssm_selective_scan_backward_workspace(int64_t batch, int64_t channels, int64_t length,
+                                                           int64_t states, int64_t groups, int64_t chunk,
+                                                           int64_t num_threads);
+
+// Gradients of the selective scan. Results of absent optional inputs are not written and may be null.
+VSSM_EXPORT void vssm_selective_scan_backward(
+    int64_t dtype,
+    const void* grad_out,          // any (B, D, L)
+    const float* grad_last_state,  // (B, D, N), optional
+    const void* u, const void* delta, const float* A, const void* B, const void* C, const float* D, const void* z,
+    const float* delta_bias,    // u to delta_bias: as in the forward
+    const float* chunk_states,  // (B, D, S, N) from the forward
+    int64_t delta_softplus,
+    void* du,            // result: any (B, D, L)
+    void* ddelta,        // result: any (B, D, L)
+    float* dA,           // result: (D, N)
+    void* dB,            // result: any (B, G, N, L)
+    void* dC,            // result: any (B, G, N, L)
+    float* dD,           // result: (D)
+    void* dz,            // result: any (B, D, L)
+    float* ddelta_bias,  // result: (D)
+    float* workspace,    // vssm_selective_scan_backward_workspace() floats
+    int64_t batch, int64_t channels, int64_t length, int64_t states, int64_t groups, int64_t chunk,
+    int64_t num_threads);
+
+// Causal depthwise convolution; vssm/ops/causal_conv1d/__init__.py holds the equation.
+VSSM_EXPORT void vssm_causal_conv1d_forward(
+    int64_t dtype,
+    const void* x,        // any (B, D, L)
+    const float* weight,  // (D, K)
+    const float* bias,    // (D), optional
+    int64_t silu,         // 0 or 1
+    void* out,            // result: any (B, D, L)
+    int64_t batch, int64_t channels, int64_t length, int64_t taps, int64_t num_threads);
+
+// Floats of workspace that vssm_causal_conv1d_backward needs.
+VSSM_EXPORT int64_t vssm_causal_conv1d_backward_workspace(int64_t length, int64_t num_threads);
+
+// Gradients of the convolution.
+VSSM_EXPORT void vssm_causal_conv1d_backward(
+    int64_t dtype,
+    const void* grad_out,  // any (B, D, L)
+    const void* x, const float* weight, const float* bias, int64_t silu,
+    void* dx,          // result: any (B, D, L)
+    float* dweight,    // result: (D, K)
+    float* dbias,      // result: (D), null without bias
+    float* workspace,  // vssm_causal_conv1d_backward_workspace() floats
+    int64_t batch, int64_t channels, int64_t length, int64_t taps, int64_t num_threads);

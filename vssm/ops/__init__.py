@@ -1,0 +1,7 @@
+"""Functional ops. Each has a definition (reference), a portable form for every device and kernels for some."""
+
+from .backends import use_portable, use_reference
+from .causal_conv1d import causal_conv1d
+from .selective_scan import selective_scan
+
+__all__ = ["causal_conv1d", "selective_scan", "use_portable", "use_reference"]

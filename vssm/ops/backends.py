@@ -1,0 +1,86 @@
+"""Which implementation serves which op on which device, and switches that force the slower ones."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from . import native
+
+_reference = False
+
+
+def reference_in_use() -> bool:
+    """True inside `use_reference()`."""
+    return _reference
+
+
+@contextlib.contextmanager
+def use_reference() -> Iterator[None]:
+    """Inside the context every op of `vssm.ops` runs its sequential definition, differentiated by autograd.
+
+    For tests and benchmarks: slow, and memory grows with batch * channels * length * states. Not thread-safe.
+    """
+    global _reference
+    before, _reference = _reference, True
+    try:
+        yield
+    finally:
+        _reference = before
+
+
+@contextlib.contextmanager
+def use_portable() -> Iterator[None]:
+    """Inside the context every native kernel is switched off and the portable implementations run. Not thread-safe."""
+    with contextlib.ExitStack() as stack:
+        for op, device in _registered():
+            stack.enter_context(op.set_kernel_enabled(device, enabled=False))
+        yield
+
+
+class Backend(NamedTuple):
+    """One row of `status()`: on `device`, `op` is served by `kernel`; `reason` says why nothing faster serves it."""
+
+    op: str
+    device: str
+    kernel: str
+    reason: str
+
+
+def _ops() -> dict[str, tuple]:
+    # The ops import this module.
+    from .causal_conv1d import op as conv
+    from .selective_scan import op as scan
+
+    return {
+        "selective_scan": (scan.forward_op, scan.backward_op),
+        "causal_conv1d": (conv.forward_op, conv.backward_op),
+    }
+
+
+def _registered() -> Iterator[tuple]:
+    if native.library is not None:
+        for ops in _ops().values():
+            for op in ops:
+                yield op, "cpu"
+
+
+def status() -> list[Backend]:
+    """Rows (op, device, kernel, reason) for every op and every device type this process can use, the CPU first."""
+    devices = ["cpu"]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        devices.append(accelerator.type)
+    rows = []
+    for name in _ops():
+        for device in devices:
+            if device != "cpu":
+                rows.append(Backend(name, device, "portable", f"no {device} kernel is part of this version"))
+            elif native.library is not None:
+                rows.append(Backend(name, device, "native", ""))
+            else:
+                rows.append(Backend(name, device, "portable", native.reason))
+    return rows
