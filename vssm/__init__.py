@@ -1,6 +1,6 @@
-"""Vision and medical-imaging state-space models: scan ops that run on any device."""
+"""Vision and medical-imaging state-space models: scan ops, timm backbones and MONAI segmentation networks."""
 
-from . import ops
+from . import models, ops
 
-__all__ = ["ops"]
+__all__ = ["models", "ops"]
 __version__ = "0.1.0"
