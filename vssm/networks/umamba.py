@@ -1,0 +1,304 @@
+"""U-Mamba (arXiv 2401.04722): a residual U-Net whose encoder features pass through Mamba layers, in 2-D and 3-D.
+
+Paper: "U-Mamba: Enhancing Long-range Dependency for Biomedical Image Segmentation", Ma, Li and Wang, 2024.
+Code: github.com/bowang-lab/U-Mamba (Apache-2.0), whose weights load with `vssm.checkpoint.load_official`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+
+import torch
+from monai.networks.layers import Conv
+from torch import Tensor, nn
+
+from ..checkpoint import remap
+from ..layers.mamba import Mamba
+from ..layers.unet import LEAKY_SLOPE, UNetShape, UpStage, check_positive, per_axis, residual_blocks
+
+__all__ = ["UMambaBot", "UMambaEnc"]
+
+
+class MambaLayer(nn.Module):
+    """Layer norm and Mamba over the tokens of a feature map; the result REPLACES the features (no residual).
+
+    Tokens are the voxels in row-major order, described by their channels; or, where `map_size` is given, the channels,
+    described by the voxels of a map of that size. float32 throughout, also under autocast: in half precision the
+    rounding errors of stacked Mamba layers grow, and U-Mamba's authors met NaN in training.
+    """
+
+    def __init__(self, channels: int, map_size: Sequence[int] | None = None) -> None:
+        super().__init__()
+        self.channel_tokens = map_size is not None
+        width = math.prod(map_size) if self.channel_tokens else channels
+        self.norm = nn.LayerNorm(width)
+        self.mixer = Mamba(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            tokens = x.to(self.norm.weight.dtype).flatten(2)
+            if self.channel_tokens:
+                tokens = self.mixer(self.norm(tokens))
+            else:
+                tokens = self.mixer(self.norm(tokens.transpose(1, 2))).transpose(1, 2)
+            return tokens.reshape(x.shape)
+
+
+class _UMamba(nn.Module):
+    """The U-Net both variants share. `token_maps[s]`: the map size where stage s has channel tokens, else None."""
+
+    _plan_keys = (
+        "conv_kernel_sizes",
+        "pool_op_kernel_sizes",
+        "n_conv_per_stage_encoder",
+        "n_conv_per_stage_decoder",
+        "UNet_base_num_features",
+        "unet_max_num_features",
+    )
+
+    def __init__(
+        self,
+        shape: UNetShape,
+        in_channels: int,
+        out_channels: int,
+        deep_supervision: bool,
+        mamba_stages: Sequence[int],
+        token_maps: Sequence[Sequence[int] | None],
+    ) -> None:
+        super().__init__()
+        check_positive("in_channels", (in_channels,))
+        check_positive("out_channels", (out_channels,))
+        if not set(mamba_stages) <= set(range(shape.depth)):
+            raise ValueError(f"mamba_stages is {tuple(mamba_stages)}; the stages are 0 to {shape.depth - 1}")
+        self.shape = shape
+        self.in_channels = in_channels
+        self.deep_supervision = deep_supervision
+
+        dims, features, kernels, strides = shape.spatial_dims, shape.features, shape.kernel_sizes, shape.strides
+        self.stem = residual_blocks(dims, in_channels, features[0], kernels[0], 1, shape.num_blocks[0])
+        self.stages = nn.ModuleList()
+        for s, num_blocks in enumerate(shape.num_blocks):
+            blocks = residual_blocks(dims, features[max(s - 1, 0)], features[s], kernels[s], strides[s], num_blocks)
+            mamba = MambaLayer(features[s], token_maps[s]) if s in mamba_stages else nn.Identity()
+            self.stages.append(nn.Sequential(OrderedDict(blocks=blocks, mamba=mamba)))
+        self.decoder = nn.ModuleList()
+        for s, num_blocks in zip(reversed(range(shape.depth - 1)), shape.num_decoder_blocks, strict=True):
+            # The official 2-D networks leave out the skip of the highest resolution; the 3-D ones do not.
+            concatenate = dims == 3 or s > 0
+            self.decoder.append(
+                UpStage(dims, features[s + 1], features[s], kernels[s], strides[s + 1], num_blocks, concatenate)
+            )
+        # Counted from the highest resolution, like the list that forward returns.
+        heads = features[:-1] if deep_supervision else features[:1]
+        self.heads = nn.ModuleList(Conv[Conv.CONV, dims](channels, out_channels, 1) for channels in heads)
+
+        # Kaiming for the U-Net; the Mamba layers (Linear, Conv1d) keep their own initialisation.
+        for module in self.modules():
+            if isinstance(module, Conv[Conv.CONV, dims]):
+                nn.init.kaiming_normal_(module.weight, a=LEAKY_SLOPE)
+                nn.init.zeros_(module.bias)
+
+    @classmethod
+    def from_plans(
+        cls,
+        plans: Mapping,
+        in_channels: int,
+        out_channels: int,
+        *,
+        deep_supervision: bool = False,
+        mamba_stages: Sequence[int] | None = None,
+    ) -> _UMamba:
+        """The published network for one configuration of nnU-Net's plans, e.g. `plans["configurations"]["3d_fullres"]`.
+
+        Raises:
+            ValueError: `plans` lacks a key that is needed.
+        """
+        missing = [key for key in cls._plan_keys if key not in plans]
+        if missing:
+            raise ValueError(f"plans lacks {', '.join(missing)}; one configuration of nnU-Net's plans is needed")
+        kernel_sizes = plans["conv_kernel_sizes"]
+        options = dict(deep_supervision=deep_supervision, mamba_stages=mamba_stages)
+        return cls(len(kernel_sizes[0]), in_channels, out_channels, **cls._plan_arguments(plans), **options)
+
+    @classmethod
+    def _plan_arguments(cls, plans: Mapping) -> dict:
+        depth = len(plans["conv_kernel_sizes"])
+        base, largest = plans["UNet_base_num_features"], plans["unet_max_num_features"]
+        # The official networks keep the planned number of blocks for the first half of the encoder's stages and of the
+        # decoder's, and build one block in each of the others.
+        half = math.ceil(depth / 2)
+        return dict(
+            features=[min(base * 2**s, largest) for s in range(depth)],
+            strides=plans["pool_op_kernel_sizes"],
+            kernel_sizes=plans["conv_kernel_sizes"],
+            num_blocks=[n if s < half else 1 for s, n in enumerate(plans["n_conv_per_stage_encoder"])],
+            num_decoder_blocks=[n if s < half else 1 for s, n in enumerate(plans["n_conv_per_stage_decoder"])],
+        )
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """Logits of an image (batch, in_channels, *size).
+
+        Returns:
+            (batch, out_channels, *size); with `deep_supervision`, in training and in evaluation, a list of logits: one
+            entry for every stage but the deepest, the highest resolution first.
+
+        Raises:
+            ValueError: wrong rank, channels or size of `x`; the message names what fits.
+        """
+        self._check_input(x)
+        x = self.stem(x)
+        skips = []
+        for stage in self.stages:
+            x = stage(x)
+            skips.append(x)
+        skips.pop()
+        logits = []
+        for stage in self.decoder:
+            x = stage(x, skips.pop())
+            if self.deep_supervision or not skips:
+                logits.insert(0, self.heads[len(skips)](x))
+        return logits if self.deep_supervision else logits[0]
+
+    def _check_input(self, x: Tensor) -> None:
+        dims = self.shape.spatial_dims
+        if x.ndim != dims + 2 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"{type(self).__name__} needs an input (batch, channels, *size) with {self.in_channels} channels and "
+                f"{dims} spatial axes, got {tuple(x.shape)}"
+            )
+        self._check_size(tuple(x.shape[2:]))
+
+    def _check_size(self, size: tuple[int, ...]) -> None:
+        self.shape.check_size(type(self).__name__, size)
+
+    def convert_official(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict of the official network under the names of this one; see `vssm.checkpoint.load_official`.
+
+        Official files repeat tensors (the encoder inside the decoder, every block under `all_modules`) and always hold
+        the heads of all resolutions; a network without deep supervision takes only the head of the highest.
+        """
+        depth = self.shape.depth
+        rules = [
+            (r"^decoder\.encoder\.", "encoder."),
+            (r"\.conv([12])\.(conv|all_modules\.0)\.", r".conv\1."),
+            (r"\.conv([12])\.(norm|all_modules\.1)\.", r".norm\1."),
+            (r"\.conv3\.", ".shortcut."),
+            (r"^encoder\.stem\.", "stem."),
+            (r"^encoder\.stages\.(\d+)\.", r"stages.\1.blocks."),
+            (r"^encoder\.mamba_layers\.(\d+)\.", r"stages.\1.mamba."),
+            (r"^mamba_layer\.", f"stages.{depth - 1}.mamba."),
+            (r"\.mamba\.mamba\.", ".mamba.mixer."),
+            (r"^decoder\.stages\.(\d+)\.", r"decoder.\1.blocks."),
+            (r"^decoder\.upsample_layers\.(\d+)\.conv\.", r"decoder.\1.reduce."),
+            # Official heads count from the deepest stage.
+            *((rf"^decoder\.seg_layers\.{depth - 2 - i}\.", f"heads.{i}.") for i in range(depth - 1)),
+        ]
+        if len(self.heads) == 1:
+            rules.append((r"^heads\.[1-9]", None))
+        return remap(state_dict, rules)
+
+
+class UMambaBot(_UMamba):
+    """U-Mamba with one Mamba layer, at the bottleneck.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: channels of the image.
+        out_channels: classes, background included.
+        features: channels of each stage, from the highest resolution to the deepest; at least two stages.
+        strides: reduction of each stage, a number or one per axis. The first is normally 1: the logits are smaller than
+            the image by it.
+        kernel_sizes: of each stage's convolutions, a number or one per axis, odd.
+        num_blocks: residual blocks of each stage; the stem before the first stage has as many as that.
+        num_decoder_blocks: residual blocks of each decoder stage, the deepest first; one entry fewer than `features`.
+        deep_supervision: return logits at every resolution, in training and in evaluation. Set the attribute of the
+            same name to False, for instance after training, to get the highest resolution only.
+        mamba_stages: stages followed by a Mamba layer; None is the published choice, the deepest. () is the control:
+            the same network with the Mamba layers left out.
+
+    Raises:
+        ValueError: arguments that do not fit each other; in forward an image of the wrong rank, channels or size.
+
+    Example:
+        >>> network = UMambaBot(3, 1, 4, features=(8, 16, 32), strides=(1, 2, 2), kernel_sizes=(3, 3, 3),
+        ...                     num_blocks=(2, 2, 1), num_decoder_blocks=(2, 2))
+        >>> network(torch.zeros(1, 1, 16, 16, 32)).shape
+        torch.Size([1, 4, 16, 16, 32])
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        *,
+        features: Sequence[int],
+        strides: Sequence[Sequence[int] | int],
+        kernel_sizes: Sequence[Sequence[int] | int],
+        num_blocks: Sequence[int],
+        num_decoder_blocks: Sequence[int],
+        deep_supervision: bool = False,
+        mamba_stages: Sequence[int] | None = None,
+    ) -> None:
+        shape = UNetShape(spatial_dims, features, strides, kernel_sizes, num_blocks, num_decoder_blocks)
+        if mamba_stages is None:
+            mamba_stages = (shape.depth - 1,)
+        super().__init__(shape, in_channels, out_channels, deep_supervision, mamba_stages, [None] * shape.depth)
+
+
+class UMambaEnc(_UMamba):
+    """U-Mamba with Mamba layers throughout the encoder; their outputs are the skips.
+
+    Where the map of `img_size` has no more voxels than the stage has channels, the channels are the tokens. The shapes
+    of the weights then depend on `img_size`, and the network takes images of that size only.
+
+    Args:
+        img_size: size of the patches to train on, in voxels, a number or one per axis.
+        mamba_stages: stages followed by a Mamba layer; None is the published choice: in 3-D every stage, in 2-D every
+            second one, so that the deepest has one. () is the control: the same network with the Mamba layers left out.
+
+    The other arguments, the errors and `from_plans` are those of `UMambaBot`.
+    """
+
+    _plan_keys = (*_UMamba._plan_keys, "patch_size")
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        *,
+        img_size: Sequence[int] | int,
+        features: Sequence[int],
+        strides: Sequence[Sequence[int] | int],
+        kernel_sizes: Sequence[Sequence[int] | int],
+        num_blocks: Sequence[int],
+        num_decoder_blocks: Sequence[int],
+        deep_supervision: bool = False,
+        mamba_stages: Sequence[int] | None = None,
+    ) -> None:
+        shape = UNetShape(spatial_dims, features, strides, kernel_sizes, num_blocks, num_decoder_blocks)
+        if mamba_stages is None:
+            mamba_stages = range(shape.depth) if spatial_dims == 3 else range((shape.depth + 1) % 2, shape.depth, 2)
+        img_size = per_axis("img_size", img_size, spatial_dims)
+        shape.check_size(type(self).__name__, img_size)
+        maps = shape.map_sizes(img_size)
+        token_maps = [size if math.prod(size) <= f else None for size, f in zip(maps, features, strict=True)]
+        super().__init__(shape, in_channels, out_channels, deep_supervision, mamba_stages, token_maps)
+        self.img_size = img_size
+        self.channel_token_stages = tuple(s for s in mamba_stages if token_maps[s] is not None)
+
+    @classmethod
+    def _plan_arguments(cls, plans: Mapping) -> dict:
+        return super()._plan_arguments(plans) | {"img_size": plans["patch_size"]}
+
+    def _check_size(self, size: tuple[int, ...]) -> None:
+        if self.channel_token_stages and size != self.img_size:
+            raise ValueError(
+                f"UMambaEnc was built for img_size {self.img_size}, got {size}: the tokens of its stages "
+                f"{self.channel_token_stages} are channels, as long as the map has voxels, so its weights fit no other "
+                f"size; cut the image into patches of {self.img_size}, or build another network with img_size={size}"
+            )
+        super()._check_size(size)
