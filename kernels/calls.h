@@ -5,9 +5,6 @@
 
 struct ScanSizes {
     int64_t batch, channels, length, states, groups, chunk, num_threads;
-
-    int64_t chunks() const { return (length + chunk - 1) / chunk; }
-    int64_t group_channels() const { return channels / groups; }
 };
 
 struct ScanForward {

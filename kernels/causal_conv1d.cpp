@@ -17,7 +17,7 @@ inline vf convolve(int64_t dtype, const void* x, const float* weight, float bias
 }
 
 const void* row_of(int64_t dtype, const void* array, int64_t row, int64_t length) {
-    return (const char*)array + row * length * (dtype == VSSM_FLOAT32 ? 4 : 2);
+    return (const char*)array + row * length * bytes_of(dtype);
 }
 
 template <int TAPS>

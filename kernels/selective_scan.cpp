@@ -7,7 +7,10 @@
 namespace VSSM_LEVEL {
 namespace {
 
-// What one call shares between forward and backward: the fields of these names in ScanForward and ScanBackward.
+int64_t chunks(const ScanSizes& size) { return divide_up(size.length, size.chunk); }
+int64_t group_channels(const ScanSizes& size) { return size.channels / size.groups; }
+
+// One vector of channels of a call, forward or backward, and access to the arrays that both have.
 template <class Call>
 struct Block {
     const Call& call;
@@ -16,7 +19,7 @@ struct Block {
     // Index of step t of the first row in (B, D, L).
     int64_t at(int64_t t) const { return (item * call.size.channels + channel) * call.size.length + t; }
 
-    // Lane r of x[n] <-> array[(r * stride + n)] for (rows, N) matrices of states.
+    // Lane r of x[n] is array[r * stride + n] * scale.
     void load_states(const float* array, int64_t stride, vf* x, float scale = 1) const {
         for (int64_t n = 0; n < call.size.states; n++) {
             x[n] = zero();
@@ -35,12 +38,20 @@ struct Block {
     }
     // Index of the first row's states in (B, D, N), and in (B, D, S, N) for a chunk.
     int64_t states_at() const { return (item * call.size.channels + channel) * call.size.states; }
-    int64_t states_at(int64_t chunk) const { return states_at() * call.size.chunks() + chunk * call.size.states; }
+    int64_t states_at(int64_t chunk) const { return states_at() * chunks(call.size) + chunk * call.size.states; }
 
-    // u, and dt with its derivative by delta, for `steps` steps from t on.
-    void load_inputs(int64_t t, int64_t steps, vf bias, vf* u, vf* dt, vf* slope) const {
-        load_tile(call.dtype, call.u, at(t), call.size.length, rows, steps, u);
-        load_tile(call.dtype, call.delta, at(t), call.size.length, rows, steps, dt);
+    // A tile of a (B, D, L) array: `steps` steps from t on; the next tile of these rows begins `ahead` steps later.
+    void load(const void* array, int64_t t, int64_t steps, int64_t ahead, vf* x) const {
+        load_tile(call.dtype, array, at(t), call.size.length, rows, steps, ahead, x);
+    }
+    void store(void* array, int64_t t, int64_t steps, vf* x) const {
+        store_tile(call.dtype, array, at(t), call.size.length, rows, steps, x);
+    }
+
+    // Tiles of u, and of dt with its derivative by delta.
+    void load_inputs(int64_t t, int64_t steps, int64_t ahead, vf bias, vf* u, vf* dt, vf* slope) const {
+        load(call.u, t, steps, ahead, u);
+        load(call.delta, t, steps, ahead, dt);
         for (int64_t s = 0; s < steps; s++) {
             dt[s] += bias;
             slope[s] = all(1);
@@ -54,7 +65,7 @@ struct Block {
         for (int64_t n = 0; n < size.states; n++) {
             int64_t row = ((item * size.groups + group) * size.states + n) * size.length;
             for (int64_t s = 0; s < steps; s += W)
-                store(VSSM_FLOAT32, x, n * width + s, load_clipped(call.dtype, array, row + t + s, row + t + steps));
+                VSSM_LEVEL::store(VSSM_FLOAT32, x, n * width + s, load_clipped(call.dtype, array, row + t + s, row + t + steps));
         }
     }
 };
@@ -63,47 +74,45 @@ struct Block {
 template <int STATES>
 constexpr int64_t capacity = STATES ? STATES : VSSM_MAX_STATES;
 
-// h <- exp(dt * A) * h + dt * u * B for one step; `A` comes multiplied by log2(e), `B` is that step's column.
-template <int STATES>
-inline void advance(vf* h, const vf* A, vf dt, vf dtu, const float* B, int64_t width, int64_t states) {
-    const int64_t N = STATES ? STATES : states;
-#pragma GCC unroll 16
-    for (int64_t n = 0; n < N; n++) h[n] = exp2(dt * A[n]) * h[n] + dtu * B[n * width];
-}
-
 template <int STATES>
 void forward_block(const Block<ScanForward>& block) {
     const ScanForward& call = block.call;
     const ScanSizes& size = call.size;
     const int64_t N = STATES ? STATES : size.states;
+    // A whole cache line of every row and more at a time: where L is a power of two, the rows compete for few places in
+    // the cache and would lose the rest of a line before the next tile asks for it.
+    constexpr int64_t WIDTH = STATES ? 256 : 16;
     vf A[capacity<STATES>], h[capacity<STATES>], saved[capacity<STATES>];
-    float B[capacity<STATES> * W], C[capacity<STATES> * W];
-    vf u[W], dt[W], slope[W], y[W], z[W];
+    float B[capacity<STATES> * WIDTH], C[capacity<STATES> * WIDTH];
+    vf u[WIDTH], dt[WIDTH], slope[WIDTH], y[WIDTH], z[WIDTH];
     block.load_states(call.A + block.channel * N, N, A, LOG2_E);
     vf D = block.load_channels(call.D), bias = block.load_channels(call.delta_bias);
     for (int64_t n = 0; n < N; n++) h[n] = zero();
 
-    for (int64_t t = 0; t < size.length; t += W) {
-        int64_t steps = min(W, size.length - t);
-        if (t % size.chunk == 0) {
-            for (int64_t n = 0; n < N; n++) saved[n] = h[n];
-            block.store_states(call.chunk_states + block.states_at(t / size.chunk), size.chunks() * N, saved);
-        }
-        block.load_inputs(t, steps, bias, u, dt, slope);
-        block.load_rows(call.B, t, steps, W, B);
-        block.load_rows(call.C, t, steps, W, C);
-        for (int64_t s = 0; s < steps; s++) {
-            advance<STATES>(h, A, dt[s], dt[s] * u[s], B + s, W, N);
-            vf sum = D * u[s];
+    for (int64_t chunk = 0; chunk < chunks(size); chunk++) {
+        int64_t begin = chunk * size.chunk, end = min(begin + size.chunk, size.length);
+        for (int64_t n = 0; n < N; n++) saved[n] = h[n];
+        block.store_states(call.chunk_states + block.states_at(chunk), chunks(size) * N, saved);
+        for (int64_t t = begin; t < end; t += WIDTH) {
+            int64_t steps = min(WIDTH, end - t);
+            block.load_inputs(t, steps, steps, bias, u, dt, slope);
+            block.load_rows(call.B, t, steps, WIDTH, B);
+            block.load_rows(call.C, t, steps, WIDTH, C);
+            for (int64_t s = 0; s < steps; s++) {
+                vf dtu = dt[s] * u[s], sum = D * u[s];
 #pragma GCC unroll 16
-            for (int64_t n = 0; n < N; n++) sum += C[n * W + s] * h[n];
-            y[s] = sum;
+                for (int64_t n = 0; n < N; n++) {
+                    h[n] = exp2(dt[s] * A[n]) * h[n] + dtu * B[n * WIDTH + s];
+                    sum += C[n * WIDTH + s] * h[n];
+                }
+                y[s] = sum;
+            }
+            if (call.z) {
+                block.load(call.z, t, steps, steps, z);
+                for (int64_t s = 0; s < steps; s++) y[s] *= z[s] * sigmoid(z[s]);
+            }
+            block.store(call.out, t, steps, y);
         }
-        if (call.z) {
-            load_tile(call.dtype, call.z, block.at(t), size.length, block.rows, steps, z);
-            for (int64_t s = 0; s < steps; s++) y[s] *= z[s] * sigmoid(z[s]);
-        }
-        store_tile(call.dtype, call.out, block.at(t), size.length, block.rows, steps, y);
     }
     for (int64_t n = 0; n < N; n++) saved[n] = h[n];
     block.store_states(call.last_state + block.states_at(), N, saved);
@@ -111,21 +120,16 @@ void forward_block(const Block<ScanForward>& block) {
 
 // ---- backward ----
 //
-// A job walks the chunks of at most SLICE channels of one group backwards. In a chunk it first recomputes the states at
-// the start of every sub-chunk; then, last sub-chunk first, all states and decays of that sub-chunk, which stay in cache
-// while the adjoint walks back over them. dB and dC are sums over the channels of a group: taken over the vectors of a
-// slice as the walk goes, over lanes when a sub-chunk is done and over slices at the very end, always in an order that
-// depends on nothing but D and G.
+// A job walks the chunks of a slice of the channels of one group backwards: it recomputes all states and decays of a
+// chunk, about sqrt(L) steps, which stay in cache while the adjoint walks back over them. dB and dC are sums over the
+// channels of a group: taken over lanes every TILE steps, over the vectors of a slice as the job goes on and over slices at
+// the very end, in an order that depends on nothing but D and G.
 
-constexpr int64_t SLICE = 32, BLOCKS = SLICE / W, MAX_SUB_CHUNK = 64;
+constexpr int64_t TILE = 16, MAX_SLICE = 64, MAX_BLOCKS = MAX_SLICE / W;
 
-int64_t slices(const ScanSizes& size) { return divide_up(size.group_channels(), SLICE); }
-
-// Steps whose states are kept at a time: fewer for more states, so that they fit the cache; a multiple of 16.
-int64_t sub_chunk(const ScanSizes& size) {
-    int64_t cached = min(512 / size.states / 16 * 16, MAX_SUB_CHUNK);
-    return min(size.chunk, cached < 16 ? 16 : cached);
-}
+// Channels of a slice: many save work and memory, few give small models enough jobs.
+int64_t slice_channels(const ScanSizes& size) { return group_channels(size) > 128 ? MAX_SLICE : 32; }
+int64_t slices(const ScanSizes& size) { return divide_up(group_channels(size), slice_channels(size)); }
 
 // Hands out parts of the caller's workspace; without a start it only counts.
 struct Arena {
@@ -156,109 +160,118 @@ struct Partial {
 
 // Private memory of a thread.
 struct Scratch {
-    vf *A, *adjoint, *dA;           // (BLOCKS, N); the adjoint multiplied by the decay of the step after
-    vf* starts;                     // (BLOCKS, sub-chunks, N)
-    vf *h, *decay, *dB_sum, *dC_sum;  // (steps, N); h has the start in front
-    float *B, *C;                   // (N, steps)
+    vf *A, *adjoint, *dA;        // (blocks, N); the adjoint multiplied by the decay of the step after
+    vf *h, *decay;               // (T, N); h has the start in front
+    vf *dB_terms, *dC_terms;     // (TILE, N)
+    float *B, *C;                // (N, T)
+    vf *u, *dt, *slope, *g, *z;  // (T)
 
     Scratch(Arena& arena, const ScanSizes& size) {
-        int64_t N = size.states, steps = sub_chunk(size);
-        A = arena.vectors(BLOCKS * N), adjoint = arena.vectors(BLOCKS * N), dA = arena.vectors(BLOCKS * N);
-        starts = arena.vectors(BLOCKS * divide_up(size.chunk, steps) * N);
-        h = arena.vectors((steps + 1) * N), decay = arena.vectors(steps * N);
-        dB_sum = arena.vectors(steps * N), dC_sum = arena.vectors(steps * N);
-        B = arena.floats(N * steps), C = arena.floats(N * steps);
+        int64_t N = size.states, T = size.chunk;
+        A = arena.vectors(MAX_BLOCKS * N), adjoint = arena.vectors(MAX_BLOCKS * N), dA = arena.vectors(MAX_BLOCKS * N);
+        h = arena.vectors((T + 1) * N), decay = arena.vectors(T * N);
+        dB_terms = arena.vectors(TILE * N), dC_terms = arena.vectors(TILE * N);
+        B = arena.floats(N * T), C = arena.floats(N * T);
+        u = arena.vectors(T), dt = arena.vectors(T), slope = arena.vectors(T), g = arena.vectors(T), z = arena.vectors(T);
     }
 };
 
-// The walk of one vector of channels over one sub-chunk of `steps` steps from t on.
-template <int STATES>
-void backward_sub_chunk(const Block<ScanBackward>& block, const Scratch& scratch, int64_t index, const vf* start,
-                        int64_t t, int64_t steps, int64_t width, vf& dD_sum, vf& ddelta_bias_sum) {
-    const ScanBackward& call = block.call;
-    const int64_t N = STATES ? STATES : call.size.states, length = call.size.length;
-    const vf *A = scratch.A + index * N;
-    const float *B = scratch.B, *C = scratch.C;
-    vf *h = scratch.h, *decay = scratch.decay, D = block.load_channels(call.D);
-    vf u[MAX_SUB_CHUNK], dt[MAX_SUB_CHUNK], slope[MAX_SUB_CHUNK], g[MAX_SUB_CHUNK], z[MAX_SUB_CHUNK];
-    block.load_inputs(t, steps, block.load_channels(call.delta_bias), u, dt, slope);
-    load_tile(call.dtype, call.grad_out, block.at(t), length, block.rows, steps, g);
+// Sums (steps, N) vectors over their lanes; rows n of (N, L), from step t on, take the sums or add them.
+void sum_channels(const vf* x, int64_t states, int64_t length, int64_t t, int64_t steps, bool add, float* rows) {
+    for (int64_t s = 0; s < steps; s += W)
+        for (int64_t n = 0; n < states; n++) {
+            int64_t index = n * length + t + s;
+            vf lanes[W];
+            for (int64_t i = 0; i < W; i++) lanes[i] = s + i < steps ? x[(s + i) * states + n] : zero();
+            vf sum = sum_lanes(lanes);
+            if (add) sum += load_clipped(VSSM_FLOAT32, rows, index, index + steps - s);
+            store_first(VSSM_FLOAT32, rows, index, sum, steps - s);
+        }
+}
 
-    for (int64_t n = 0; n < N; n++) h[n] = start[n];
+// The walk of the vector of channels number `index` of a slice over the chunk of `steps` steps from t on.
+template <int STATES>
+void backward_block(const Block<ScanBackward>& block, const Scratch& scratch, int64_t index, int64_t t, int64_t steps,
+                    float* dB, float* dC, vf& dD_sum, vf& ddelta_bias_sum) {
+    const ScanBackward& call = block.call;
+    const int64_t N = STATES ? STATES : call.size.states, length = call.size.length, T = call.size.chunk;
+    const vf* A = scratch.A + index * N;
+    const float *B = scratch.B, *C = scratch.C;
+    vf *h = scratch.h, *decay = scratch.decay, *dB_terms = scratch.dB_terms, *dC_terms = scratch.dC_terms;
+    vf *u = scratch.u, *dt = scratch.dt, *slope = scratch.slope, *g = scratch.g, *z = scratch.z;
+    vf D = block.load_channels(call.D);
+    block.load_inputs(t, steps, -T, block.load_channels(call.delta_bias), u, dt, slope);
+    block.load(call.grad_out, t, steps, -T, g);
+
+    block.load_states(call.chunk_states + block.states_at(t / T), chunks(call.size) * N, h);
     for (int64_t s = 0; s < steps; s++) {
         vf dtu = dt[s] * u[s];
 #pragma GCC unroll 16
         for (int64_t n = 0; n < N; n++) {
             vf a = exp2(dt[s] * A[n]);
             decay[s * N + n] = a;
-            h[(s + 1) * N + n] = a * h[s * N + n] + dtu * B[n * width + s];
+            h[(s + 1) * N + n] = a * h[s * N + n] + dtu * B[n * T + s];
         }
     }
 
     if (call.z) {
-        load_tile(call.dtype, call.z, block.at(t), length, block.rows, steps, z);
+        block.load(call.z, t, steps, -T, z);
         for (int64_t s = 0; s < steps; s++) {
-            vf y = D * u[s], gate = sigmoid(z[s]);
-            for (int64_t n = 0; n < N; n++) y += C[n * width + s] * h[(s + 1) * N + n];
-            vf grad_out = g[s];
+            vf y = D * u[s], gate = sigmoid(z[s]), grad_out = g[s];
+            for (int64_t n = 0; n < N; n++) y += C[n * T + s] * h[(s + 1) * N + n];
             g[s] *= z[s] * gate;
             z[s] = grad_out * y * gate * (1.f + z[s] * (1.f - gate));
         }
-        store_tile(call.dtype, call.dz, block.at(t), length, block.rows, steps, z);
+        block.store(call.dz, t, steps, z);
     }
 
     vf adjoint[capacity<STATES>], dA[capacity<STATES>];
     for (int64_t n = 0; n < N; n++) adjoint[n] = scratch.adjoint[index * N + n], dA[n] = zero();
-    for (int64_t s = steps - 1; s >= 0; s--) {
-        vf dtu = dt[s] * u[s], by_input = zero(), by_decay = zero();
+    for (int64_t tile = (steps - 1) / TILE * TILE; tile >= 0; tile -= TILE) {
+        int64_t tile_end = min(tile + TILE, steps);
+        for (int64_t s = tile_end - 1; s >= tile; s--) {
+            vf dtu = dt[s] * u[s], by_input = zero(), by_decay = zero();
 #pragma GCC unroll 16
-        for (int64_t n = 0; n < N; n++) {
-            int64_t i = s * N + n;
-            vf lambda = C[n * width + s] * g[s] + adjoint[n];
-            scratch.dC_sum[i] += g[s] * h[i + N];
-            scratch.dB_sum[i] += dtu * lambda;
-            by_input += lambda * B[n * width + s];
-            adjoint[n] = decay[i] * lambda;
-            // lambda * decay * h[t-1]: the same as lambda * (h[t] - dt * B * u), without the cancellation.
-            vf carried = adjoint[n] * h[i];
-            by_decay += carried * A[n];
-            dA[n] += carried * dt[s];
+            for (int64_t n = 0; n < N; n++) {
+                int64_t i = s * N + n;
+                vf lambda = C[n * T + s] * g[s] + adjoint[n];
+                dC_terms[i - tile * N] = g[s] * h[i + N];
+                dB_terms[i - tile * N] = dtu * lambda;
+                by_input += lambda * B[n * T + s];
+                adjoint[n] = decay[i] * lambda;
+                // lambda * decay * h[t-1]: the same as lambda * (h[t] - dt * B * u), without the cancellation.
+                vf carried = adjoint[n] * h[i];
+                by_decay += carried * A[n];
+                dA[n] += carried * dt[s];
+            }
+            dD_sum += g[s] * u[s];
+            // A carries a factor log2(e).
+            vf ddelta = (u[s] * by_input + LN_2 * by_decay) * slope[s];
+            ddelta_bias_sum += ddelta;
+            u[s] = D * g[s] + dt[s] * by_input;
+            dt[s] = ddelta;
         }
-        dD_sum += g[s] * u[s];
-        // A carries a factor log2(e).
-        vf ddelta = (u[s] * by_input + LN_2 * by_decay) * slope[s];
-        ddelta_bias_sum += ddelta;
-        u[s] = D * g[s] + dt[s] * by_input;
-        dt[s] = ddelta;
+        sum_channels(dB_terms, N, length, t + tile, tile_end - tile, index > 0, dB);
+        sum_channels(dC_terms, N, length, t + tile, tile_end - tile, index > 0, dC);
     }
-    store_tile(call.dtype, call.du, block.at(t), length, block.rows, steps, u);
-    store_tile(call.dtype, call.ddelta, block.at(t), length, block.rows, steps, dt);
-    // Adding up a sub-chunk at a time keeps the rounding error of long sequences small.
+    block.store(call.du, t, steps, u);
+    block.store(call.ddelta, t, steps, dt);
+    // Adding up a chunk at a time keeps the rounding error of long sequences small.
     for (int64_t n = 0; n < N; n++) scratch.adjoint[index * N + n] = adjoint[n], scratch.dA[index * N + n] += dA[n];
-}
-
-// Sums (steps, N) vectors over their lanes into rows n of (N, L), from step t on.
-void sum_channels(vf* x, int64_t states, int64_t length, int64_t t, int64_t steps, float* rows) {
-    for (int64_t s = 0; s < steps; s += W)
-        for (int64_t n = 0; n < states; n++) {
-            vf lanes[W];
-            for (int64_t i = 0; i < W; i++) lanes[i] = s + i < steps ? x[(s + i) * states + n] : zero();
-            store_first(VSSM_FLOAT32, rows, n * length + t + s, sum_lanes(lanes), steps - s);
-        }
 }
 
 template <int STATES>
 void backward_slice(const ScanBackward& call, const Partial& partial, const Scratch& scratch, int64_t job) {
     const ScanSizes& size = call.size;
-    const int64_t N = STATES ? STATES : size.states, width = sub_chunk(size), sub_chunks = divide_up(size.chunk, width);
-    int64_t slice = job % slices(size), group = job / slices(size) % size.groups;
-    int64_t item = job / slices(size) / size.groups;
-    int64_t first = slice * SLICE, last = min(first + SLICE, size.group_channels()), blocks = divide_up(last - first, W);
+    const int64_t N = STATES ? STATES : size.states;
+    int64_t group = job / slices(size) % size.groups, item = job / slices(size) / size.groups;
+    int64_t first = job % slices(size) * slice_channels(size);
+    int64_t last = min(first + slice_channels(size), group_channels(size)), blocks = divide_up(last - first, W);
     auto block = [&](int64_t index) {
         int64_t channel = first + index * W;
-        return Block<ScanBackward>{call, item, group, group * size.group_channels() + channel, min(W, last - channel)};
+        return Block<ScanBackward>{call, item, group, group * group_channels(size) + channel, min(W, last - channel)};
     };
-    vf dD[BLOCKS], ddelta_bias[BLOCKS];
+    vf dD[MAX_BLOCKS], ddelta_bias[MAX_BLOCKS];
     for (int64_t i = 0; i < blocks; i++) {
         dD[i] = ddelta_bias[i] = zero();
         block(i).load_states(call.A + block(i).channel * N, N, scratch.A + i * N, LOG2_E);
@@ -267,36 +280,13 @@ void backward_slice(const ScanBackward& call, const Partial& partial, const Scra
             block(i).load_states(call.grad_last_state + block(i).states_at(), N, scratch.adjoint + i * N);
     }
 
-    for (int64_t chunk = size.chunks() - 1; chunk >= 0; chunk--) {
-        int64_t begin = chunk * size.chunk, end = min(begin + size.chunk, size.length);
-        int64_t used = divide_up(end - begin, width);
-        for (int64_t i = 0; i < blocks; i++) {
-            vf* start = scratch.starts + i * sub_chunks * N;
-            block(i).load_states(call.chunk_states + block(i).states_at(chunk), size.chunks() * N, start);
-        }
-        for (int64_t sub = 0; sub + 1 < used; sub++) {
-            block(0).load_rows(call.B, begin + sub * width, width, width, scratch.B);
-            for (int64_t i = 0; i < blocks; i++) {
-                vf u[MAX_SUB_CHUNK], dt[MAX_SUB_CHUNK], slope[MAX_SUB_CHUNK], h[capacity<STATES>];
-                vf* start = scratch.starts + (i * sub_chunks + sub) * N;
-                block(i).load_inputs(begin + sub * width, width, block(i).load_channels(call.delta_bias), u, dt, slope);
-                for (int64_t n = 0; n < N; n++) h[n] = start[n];
-                for (int64_t s = 0; s < width; s++)
-                    advance<STATES>(h, scratch.A + i * N, dt[s], dt[s] * u[s], scratch.B + s, width, N);
-                for (int64_t n = 0; n < N; n++) start[N + n] = h[n];
-            }
-        }
-        for (int64_t sub = used - 1; sub >= 0; sub--) {
-            int64_t t = begin + sub * width, steps = min(width, end - t);
-            block(0).load_rows(call.B, t, steps, width, scratch.B);
-            block(0).load_rows(call.C, t, steps, width, scratch.C);
-            for (int64_t i = 0; i < steps * N; i++) scratch.dB_sum[i] = scratch.dC_sum[i] = zero();
-            for (int64_t i = 0; i < blocks; i++)
-                backward_sub_chunk<STATES>(block(i), scratch, i, scratch.starts + (i * sub_chunks + sub) * N, t, steps,
-                                           width, dD[i], ddelta_bias[i]);
-            sum_channels(scratch.dB_sum, N, size.length, t, steps, partial.dB + job * N * size.length);
-            sum_channels(scratch.dC_sum, N, size.length, t, steps, partial.dC + job * N * size.length);
-        }
+    for (int64_t chunk = chunks(size) - 1; chunk >= 0; chunk--) {
+        int64_t t = chunk * size.chunk, steps = min(size.chunk, size.length - t);
+        block(0).load_rows(call.B, t, steps, size.chunk, scratch.B);
+        block(0).load_rows(call.C, t, steps, size.chunk, scratch.C);
+        for (int64_t i = 0; i < blocks; i++)
+            backward_block<STATES>(block(i), scratch, i, t, steps, partial.dB + job * N * size.length,
+                                   partial.dC + job * N * size.length, dD[i], ddelta_bias[i]);
     }
     for (int64_t i = 0; i < blocks; i++) {
         block(i).store_states(partial.dA + block(i).states_at(), N, scratch.dA + i * N);
@@ -308,13 +298,12 @@ void backward_slice(const ScanBackward& call, const Partial& partial, const Scra
     }
 }
 
-// out[i] = sum over k < count of terms[k * stride + i], in the order of k, for i < length.
+// out[index + i] = sum over k < count of terms[k * stride + i], in the order of k, for i < length.
 void add_terms(const float* terms, int64_t count, int64_t stride, int64_t length, int64_t dtype, void* out,
                int64_t index) {
     for (int64_t i = 0; i < length; i += W) {
         vf sum = zero();
-        for (int64_t k = 0; k < count; k++)
-            sum += load_clipped(VSSM_FLOAT32, terms + k * stride, i, length);
+        for (int64_t k = 0; k < count; k++) sum += load_clipped(VSSM_FLOAT32, terms + k * stride, i, length);
         store_first(dtype, out, index + i, sum, length - i);
     }
 }
@@ -323,35 +312,42 @@ void add_terms(const float* terms, int64_t count, int64_t stride, int64_t length
 
 void scan_forward(const ScanForward& call) {
     const ScanSizes& size = call.size;
-    int64_t per_group = divide_up(size.group_channels(), W), jobs = size.batch * size.groups * per_group;
+    int64_t per_group = divide_up(group_channels(size), W), jobs = size.batch * size.groups * per_group;
 #pragma omp parallel for schedule(dynamic, 1) num_threads((int)size.num_threads)
     for (int64_t job = 0; job < jobs; job++) {
         int64_t first = job % per_group * W, group = job / per_group % size.groups, item = job / per_group / size.groups;
-        Block<ScanForward> block{call, item, group, group * size.group_channels() + first,
-                                 min(W, size.group_channels() - first)};
+        Block<ScanForward> block{call, item, group, group * group_channels(size) + first,
+                                 min(W, group_channels(size) - first)};
         size.states == 1 ? forward_block<1>(block) : size.states == 16 ? forward_block<16>(block) : forward_block<0>(block);
     }
 }
 
+static int64_t backward_jobs(const ScanSizes& size) { return size.batch * size.groups * slices(size); }
+static int64_t backward_threads(const ScanSizes& size) {
+    int64_t threads = min(size.num_threads, backward_jobs(size));
+    return threads > 1 ? threads : 1;
+}
+static int64_t scratch_floats(const ScanSizes& size) {
+    Arena counting{nullptr};
+    Scratch(counting, size);
+    return counting.used;
+}
+
 int64_t scan_backward_workspace(const ScanSizes& size) {
-    Arena shared{nullptr}, thread{nullptr};
-    Partial(shared, size);
-    Scratch(thread, size);
-    return shared.used + thread.used * size.num_threads;
+    Arena counting{nullptr};
+    Partial(counting, size);
+    return counting.used + backward_threads(size) * scratch_floats(size);
 }
 
 void scan_backward(const ScanBackward& call) {
     const ScanSizes& size = call.size;
     Arena arena{call.workspace};
     Partial partial(arena, size);
-    int64_t N = size.states, L = size.length, parts = slices(size), jobs = size.batch * size.groups * parts;
-    float* threads = arena.start + arena.used;
-    Arena one{nullptr};
-    Scratch(one, size);
+    int64_t N = size.states, L = size.length, parts = slices(size), jobs = backward_jobs(size);
 
-#pragma omp parallel num_threads((int)size.num_threads)
+#pragma omp parallel num_threads((int)backward_threads(size))
     {
-        Arena own{threads + omp_get_thread_num() * one.used};
+        Arena own{arena.start + arena.used + omp_get_thread_num() * scratch_floats(size)};
         Scratch scratch(own, size);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t job = 0; job < jobs; job++)

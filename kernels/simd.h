@@ -36,6 +36,7 @@ typedef uint16_t vh __attribute__((vector_size(W * 2)));
 
 static inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t bytes_of(int64_t dtype) { return dtype == VSSM_FLOAT32 ? 4 : 2; }
 static inline vf zero() { return vf{}; }
 static inline vf all(float x) { return vf{} + x; }
 static inline vu bits(vf x) { return (vu)x; }
@@ -93,7 +94,7 @@ static inline void store(int64_t dtype, void* array, int64_t index, vf x) {
 // Elements index .. index + W - 1 of a row of `length`, zeros outside the row.
 static inline vf load_clipped(int64_t dtype, const void* row, int64_t index, int64_t length) {
     if (index >= 0 && index + W <= length) return load(dtype, row, index);
-    int64_t begin = index < 0 ? 0 : index, end = min(index + W, length), bytes = dtype == VSSM_FLOAT32 ? 4 : 2;
+    int64_t begin = index < 0 ? 0 : index, end = min(index + W, length), bytes = bytes_of(dtype);
     float inside[W] = {};
     if (begin < end)
         memcpy((char*)inside + (begin - index) * bytes, (const char*)row + begin * bytes, (end - begin) * bytes);
@@ -103,10 +104,9 @@ static inline vf load_clipped(int64_t dtype, const void* row, int64_t index, int
 // The first `count` lanes of x.
 static inline void store_first(int64_t dtype, void* array, int64_t index, vf x, int64_t count) {
     if (count >= W) return store(dtype, array, index, x);
-    int64_t bytes = dtype == VSSM_FLOAT32 ? 4 : 2;
     float inside[W];
     store(dtype, inside, 0, x);
-    memcpy((char*)array + index * bytes, inside, count * bytes);
+    memcpy((char*)array + index * bytes_of(dtype), inside, count * bytes_of(dtype));
 }
 
 // ---- exchange of lanes ----
@@ -213,13 +213,15 @@ static inline vf softplus(vf x, vf& derivative) {
 // ---- tiles: `rows` <= W rows of any dtype, as one vector of W rows per step ----
 
 // Lane r of x[t] is array[index + r * stride + t] for t < steps; lanes from `rows` on and steps up to the next multiple
-// of W become zeros.
+// of W become zeros. Fetches the tile `ahead` steps from here into the cache, as the processor loses track of so many rows.
 static inline void load_tile(int64_t dtype, const void* array, int64_t index, int64_t stride, int64_t rows,
-                             int64_t steps, vf* x) {
+                             int64_t steps, int64_t ahead, vf* x) {
     for (int64_t t = 0; t < steps; t += W) {
         for (int64_t r = 0; r < W; r++) {
             int64_t row = index + r * stride;
             x[t + r] = r < rows ? load_clipped(dtype, array, row + t, row + steps) : zero();
+            // May lie outside of the array: fetching cannot fail.
+            __builtin_prefetch((const char*)array + (row + t + ahead) * bytes_of(dtype), 0, 2);
         }
         transpose(x + t);
     }

@@ -16,7 +16,7 @@ import torch
 
 ABI = 1
 
-_FILE = {"darwin": "libvssm_cpu.dylib", "win32": "vssm_cpu.dll"}.get(sys.platform, "libvssm_cpu.so")
+_FILE = {"darwin": "libvssm_cpu.dylib", "win32": "libvssm_cpu.dll"}.get(sys.platform, "libvssm_cpu.so")
 _REINSTALL = "install a C++17 compiler (GCC 11 or newer, or Clang) and reinstall vssm"
 
 # Codes of VssmDtype in kernels/vssm_cpu.h.

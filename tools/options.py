@@ -1,0 +1,79 @@
+"""Options of a tool: a flat YAML file and KEY=VALUE settings, checked against a dataclass; unknown keys are errors."""
+
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import numpy as np
+import yaml
+
+OptionsT = TypeVar("OptionsT")
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`, one or lists of them of this shape (None is any length), maybe whole ones only."""
+
+    low: float
+    high: float
+    shape: tuple[int | None, ...] = ()
+    whole: bool = False
+
+
+def read_options(options_class: type[OptionsT], path: Path, settings: Iterable[str]) -> OptionsT:
+    """Options from a YAML file and from KEY=VALUE settings, which win.
+
+    Args:
+        options_class: dataclass with one field per option, of type str, or int, float or list annotated with a Range.
+
+    Raises:
+        ValueError: a key that is unknown or missing, or a value of the wrong kind, shape or size.
+    """
+    try:
+        values = _parse(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); give a configuration file") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: must be a table of options, got {type(values).__name__}; correct it")
+    for setting in settings:
+        key, separator, text = setting.partition("=")
+        if not separator:
+            raise ValueError(f"--set {setting}: KEY=VALUE is needed")
+        values[key] = _parse(text, f"--set {setting}")
+    hints = get_type_hints(options_class, include_extras=True)
+    for complaint, names in (("unknown", values.keys() - hints), ("missing", hints.keys() - values)):
+        if names:
+            raise ValueError(f"{complaint} option {', '.join(sorted(map(str, names)))}; there are {', '.join(hints)}")
+    return options_class(**{name: _checked(name, hint, values[name]) for name, hint in hints.items()})
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source}: is not YAML ({error}); correct it") from None
+
+
+def _checked(name: str, hint: Any, value: Any) -> Any:
+    kind, *ranges = get_args(hint) or (hint,)
+    # YAML reads 1 as an integer and 1e-3 as a text
+    if kind is float and type(value) in (int, str):
+        with suppress(ValueError):
+            value = float(value)
+    if type(value) is not kind:
+        raise ValueError(f"option {name} must be {kind.__name__}, got {value!r}")
+    for limits in ranges:
+        sizes = " x ".join("any" if size is None else str(size) for size in limits.shape) or "one"
+        kind_of = "whole numbers" if limits.whole else "numbers"
+        needed = f"option {name} must hold {kind_of} from {limits.low:g} to {limits.high:g}, {sizes} of them"
+        try:
+            numbers = np.array(value, dtype=float)
+        except (TypeError, ValueError):
+            raise ValueError(f"{needed}, got {value!r}") from None
+        shape = tuple(got if want is None else want for want, got in zip(limits.shape, numbers.shape, strict=False))
+        inside = (limits.low <= numbers) & (numbers <= limits.high) & ((numbers % 1 == 0) | (not limits.whole))
+        if len(limits.shape) != numbers.ndim or shape != numbers.shape or not numbers.size or not inside.all():
+            raise ValueError(f"{needed}, got {value!r}")
+    return value
