@@ -1,10 +1,13 @@
-# `make test` does everything, alone and on a fresh machine.
+# Two commands do everything, each alone and on a fresh machine: `make demo` (the main job) and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml $(wildcard kernels/*)
 
-.PHONY: test lint clean
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python tools/demo_brain.py
 
 test: $(VENV)/.test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -20,6 +23,10 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # Stamp files: installed again when the metadata or the native sources change.
+$(VENV)/.demo: $(BIN)/python $(SOURCES)
+	$(BIN)/python -m pip install -e ".[medical]"
+	touch $@
+
 $(VENV)/.test: $(BIN)/python $(SOURCES)
 	$(BIN)/python -m pip install -e ".[test]"
 	touch $@

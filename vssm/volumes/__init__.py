@@ -1,0 +1,25 @@
+"""CT and MR volumes: reading them safely, segmenting them with a MONAI bundle, writing the result on their own grid."""
+
+from .bundle import Bundle, default_bundle_path, find_bundle, load_bundle
+from .errors import VolumeError
+from .predicting import foreground_ml, mismatches, predict_volume
+from .reading import Volume, read_volume
+from .segmenting import Segment, Segmentation, segment_file
+from .writing import write_labels
+
+__all__ = [
+    "Bundle",
+    "Segment",
+    "Segmentation",
+    "Volume",
+    "VolumeError",
+    "default_bundle_path",
+    "find_bundle",
+    "foreground_ml",
+    "load_bundle",
+    "mismatches",
+    "predict_volume",
+    "read_volume",
+    "segment_file",
+    "write_labels",
+]

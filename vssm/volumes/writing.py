@@ -1,0 +1,117 @@
+"""Writing results whole or not at all, and label maps on exactly the grid of the volume they belong to."""
+
+import errno
+import gzip
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import nibabel
+import numpy as np
+
+from .errors import VolumeError
+from .reading import SUFFIXES, Volume
+
+# the header fields that say where the voxels lie; nothing else of the input is copied, names and remarks least of all
+_GEOMETRY_FIELDS = (
+    "dim", "pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d",
+    "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z",
+)  # fmt: skip
+
+
+def check_output(path: str | Path, suffixes: tuple[str, ...], inputs: tuple[Path, ...] = ()) -> Path:
+    """Check before any work that `path` can be written, and return it.
+
+    Raises:
+        VolumeError: wrong ending, missing or unwritable folder, a folder or device of that name, or one of `inputs`.
+    """
+    path = Path(path)
+    try:
+        _check_output(path, suffixes, inputs)
+    except OSError as error:
+        raise VolumeError(f"{path}: cannot be written ({error.strerror or error}); choose another name") from None
+    return path
+
+
+def _check_output(path: Path, suffixes: tuple[str, ...], inputs: tuple[Path, ...]) -> None:
+    if not path.name.lower().endswith(suffixes):
+        raise VolumeError(f"{path}: the result must be named {' or '.join(suffixes)}; change the name")
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise VolumeError(f"{path}: the folder {folder} does not exist; create it first")
+    if path.exists() and not path.is_file():
+        raise VolumeError(f"{path}: exists and is not an ordinary file; choose another name")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise VolumeError(f"{path}: the folder {folder} cannot be written to; choose another one")
+    for source in inputs:
+        if path.exists() and source.exists() and path.samefile(source):
+            raise VolumeError(f"{path}: is the input itself; choose another name for the result")
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a file that appears as `path`, or replaces it, only once it is complete and on disk.
+
+    Whatever happens before that, an interruption included, leaves `path` as it was and no temporary file.
+
+    Raises:
+        VolumeError: if the system refuses (no space, no permission, read-only).
+    """
+    # a link stays a link: its target is replaced
+    path = Path(path).resolve()
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".partial", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            # mkstemp makes files private; results get the rights any new file gets
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(name, 0o666 & ~mask)
+            os.replace(name, path)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.unlink(name)
+            raise
+    except OSError as error:
+        remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another place"
+        raise VolumeError(f"{path}: cannot be written ({error.strerror or error}); {remedy} and run again") from None
+
+
+def write_labels(labels: np.ndarray, volume: Volume, path: str | Path) -> None:
+    """Write a label map with the exact shape, affine, qform, sform, codes and units of `volume`.
+
+    An existing file is replaced. The same labels always give the same bytes.
+
+    Args:
+        labels: (X, Y, Z) uint8 on the grid of `volume`.
+        volume: the volume that was segmented.
+        path: .nii or .nii.gz.
+
+    Raises:
+        VolumeError: if the file cannot be written.
+        ValueError: if `labels` is not uint8 of the volume's shape.
+    """
+    if labels.dtype != np.uint8 or labels.shape != volume.voxels.shape:
+        raise ValueError(f"labels must be uint8 of shape {volume.voxels.shape}, got {labels.dtype} {labels.shape}")
+    path = check_output(path, SUFFIXES, (volume.path,))
+    single = nibabel.Nifti2Image if isinstance(volume.header, nibabel.Nifti2Header) else nibabel.Nifti1Image
+    header = single.header_class()
+    for field in _GEOMETRY_FIELDS:
+        header[field] = volume.header[field]
+    header.set_data_dtype(np.uint8)
+    header["descrip"] = b"label map by vssm"
+    # without an affine nibabel leaves qform and sform of the header alone
+    image = single(labels.reshape(header.get_data_shape(), order="F"), None, header)
+    with atomic_file(path) as stream:
+        if path.suffix.lower() == ".gz":
+            # no name and no time in the file: equal labels, equal bytes
+            with gzip.GzipFile("", "wb", compresslevel=6, fileobj=stream, mtime=0) as packed:
+                image.to_stream(packed)
+        else:
+            image.to_stream(stream)
