@@ -11,7 +11,8 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
+	# One thread a worker: oversubscribed OpenMP threads wait for one another.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
