@@ -7,6 +7,7 @@ from pathlib import Path
 import parity
 import pytest
 import torch
+from monai.data import MetaTensor
 from torch.nn.functional import cross_entropy
 
 from vssm.checkpoint import load_official
@@ -260,6 +261,18 @@ def test_an_image_gives_the_same_logits_alone_and_in_a_batch():
         network, x = network.double().eval(), x.double()
         with torch.no_grad():
             assert torch.allclose(network(x)[1:], network(x[1:]), rtol=1e-10, atol=1e-10)
+
+
+def test_a_monai_meta_tensor_gives_the_same_logits_and_gradients():
+    for network, image in every_small_network():
+        logits = network(image)
+        logits.square().mean().backward()
+        want = [parameter.grad.clone() for parameter in network.parameters()]
+        network.zero_grad()
+        got = network(MetaTensor(image))
+        assert isinstance(got, MetaTensor) and torch.equal(got.as_tensor(), logits)
+        got.square().mean().backward()
+        assert all(torch.equal(p.grad, grad) for p, grad in zip(network.parameters(), want, strict=True))
 
 
 def test_bfloat16_autocast_stays_finite_and_close():

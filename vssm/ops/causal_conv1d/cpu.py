@@ -35,9 +35,8 @@ def backward(grad_out, x, weight, bias, silu):
     weights = weight.float(), None if bias is None else bias.float()
     dx, dweight, dbias = torch.empty_like(x), *(None if w is None else torch.empty_like(w) for w in weights)
     threads = torch.get_num_threads()
-    workspace = x.new_empty(
-        native.library.vssm_causal_conv1d_backward_workspace(x.shape[2], threads), dtype=torch.float32
-    )
+    floats = native.library.vssm_causal_conv1d_backward_workspace(x.shape[2], threads)
+    workspace = x.new_empty((floats,), dtype=torch.float32)
     native.library.vssm_causal_conv1d_backward(
         native.DTYPES[x.dtype],
         *map(native.address, (grad_out, x, *weights)),
@@ -45,4 +44,4 @@ def backward(grad_out, x, weight, bias, silu):
         *map(native.address, (dx, dweight, dbias, workspace)),
         *(*x.shape, weight.shape[1], threads),
     )
-    return dx, dweight.to(weight.dtype), weight.new_empty(0) if bias is None else dbias.to(bias.dtype)
+    return dx, dweight.to(weight.dtype), weight.new_empty((0,)) if bias is None else dbias.to(bias.dtype)

@@ -31,7 +31,7 @@ def _(x, weight, bias, silu):
 
 @backward_op.register_fake
 def _(grad_out, x, weight, bias, silu):
-    bias_grad = weight.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    bias_grad = weight.new_empty((0,)) if bias is None else bias.new_empty(bias.shape)
     return x.new_empty(x.shape), weight.new_empty(weight.shape), bias_grad
 
 

@@ -39,5 +39,5 @@ def causal_conv1d_backward(grad_out, x, weight, bias, use_silu):
     weight_grad = torch.stack([(grad * padded[..., k : k + length]).sum((0, 2)) for k in range(taps)], dim=1)
     # The adjoint looks ahead in time: the same convolution run on the reversed gradient.
     x_grad = _convolve(grad.flip(2), weight.to(dtype), None).flip(2)
-    bias_grad = weight.new_empty(0) if bias is None else grad.sum((0, 2)).to(bias.dtype)
+    bias_grad = weight.new_empty((0,)) if bias is None else grad.sum((0, 2)).to(bias.dtype)
     return x_grad.to(x.dtype).contiguous(), weight_grad.to(weight.dtype), bias_grad

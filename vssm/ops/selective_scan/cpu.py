@@ -33,8 +33,10 @@ def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
     inputs = (u, delta, A, B, C, D, z, delta_bias)
     if not _takes(*inputs):
         return portable.selective_scan_forward(*inputs, delta_softplus)
-    out, last_state = torch.empty_like(u), u.new_empty(*u.shape[:2], A.shape[1], dtype=torch.float32)
-    chunk_states = u.new_empty(*u.shape[:2], num_chunks(u.shape[2]), A.shape[1], dtype=torch.float32)
+    batch, channels, length = u.shape
+    # Sizes as one tuple: MONAI's MetaTensor has a new_empty that takes nothing else.
+    out, last_state = torch.empty_like(u), A.new_empty((batch, channels, A.shape[1]))
+    chunk_states = A.new_empty((batch, channels, num_chunks(length), A.shape[1]))
     native.library.vssm_selective_scan_forward(
         native.DTYPES[u.dtype],
         *map(native.address, inputs),
@@ -52,7 +54,7 @@ def backward(grad_out, grad_last_state, u, delta, A, B, C, D, z, delta_bias, chu
         return portable.selective_scan_backward(grad_out, grad_last_state, *inputs, chunk_states, delta_softplus)
     gradients = [torch.empty_like(x) if x is not None else None for x in inputs]
     sizes = _sizes(u, A, B)
-    workspace = u.new_empty(native.library.vssm_selective_scan_backward_workspace(*sizes), dtype=torch.float32)
+    workspace = A.new_empty((native.library.vssm_selective_scan_backward_workspace(*sizes),))
     native.library.vssm_selective_scan_backward(
         native.DTYPES[u.dtype],
         *map(native.address, (grad_out, grad_last_state, *inputs, chunk_states)),
@@ -60,4 +62,4 @@ def backward(grad_out, grad_last_state, u, delta, A, B, C, D, z, delta_bias, chu
         *map(native.address, (*gradients, workspace)),
         *sizes,
     )
-    return tuple(u.new_empty(0) if x is None else x for x in gradients)
+    return tuple(u.new_empty((0,)) if x is None else x for x in gradients)

@@ -53,8 +53,8 @@ def backward_op(
 def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
     batch, channels, length = u.shape
     states = A.shape[1]
-    last_state = A.new_empty(batch, channels, states)
-    chunk_states = A.new_empty(batch, channels, num_chunks(length), states)
+    last_state = A.new_empty((batch, channels, states))
+    chunk_states = A.new_empty((batch, channels, num_chunks(length), states))
     return u.new_empty(u.shape), last_state, chunk_states
 
 
@@ -66,9 +66,9 @@ def _(grad_out, grad_last_state, u, delta, A, B, C, D, z, delta_bias, chunk_stat
         A.new_empty(A.shape),
         B.new_empty(B.shape),
         C.new_empty(C.shape),
-        A.new_empty(0) if D is None else D.new_empty(D.shape),
-        u.new_empty(0) if z is None else z.new_empty(z.shape),
-        A.new_empty(0) if delta_bias is None else delta_bias.new_empty(delta_bias.shape),
+        A.new_empty((0,)) if D is None else D.new_empty(D.shape),
+        u.new_empty((0,)) if z is None else z.new_empty(z.shape),
+        A.new_empty((0,)) if delta_bias is None else delta_bias.new_empty(delta_bias.shape),
     )
 
 

@@ -66,7 +66,7 @@ class _Chunked:
         return self.decay(self.dt[step]) * state + (self.dt[step] * self.u[step])[..., None] * self.B[step]
 
     def zero_state(self) -> Tensor:
-        return self.u.new_zeros(self.batch, self.groups, self.per_group, self.count, self.states)
+        return self.u.new_zeros((self.batch, self.groups, self.per_group, self.count, self.states))
 
     def carry(self, ends: Tensor, first: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
         """Runs value <- decay(chunk) * value + end(chunk) over the chunks.
@@ -157,7 +157,7 @@ def selective_scan_backward(
         du = du + y_grad * D.to(c.dtype)[:, None]
     if delta_softplus:
         ddelta = ddelta * torch.sigmoid(c.pre_softplus)
-    dz = u.new_empty(0)
+    dz = u.new_empty((0,))
     if gate is not None:
         sigmoid = torch.sigmoid(gate)
         out = c.join(y)
@@ -170,7 +170,7 @@ def selective_scan_backward(
         dA.sum((0, 3)).reshape(A.shape).to(A.dtype),
         c.join_states(dB).to(B.dtype).contiguous(),
         c.join_states(dC).to(C.dtype).contiguous(),
-        A.new_empty(0) if D is None else (y_grad * u.to(c.dtype)).sum((0, 2)).to(D.dtype),
+        A.new_empty((0,)) if D is None else (y_grad * u.to(c.dtype)).sum((0, 2)).to(D.dtype),
         dz,
-        A.new_empty(0) if delta_bias is None else ddelta.sum((0, 2)).to(delta_bias.dtype),
+        A.new_empty((0,)) if delta_bias is None else ddelta.sum((0, 2)).to(delta_bias.dtype),
     )

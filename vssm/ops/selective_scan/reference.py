@@ -33,7 +33,7 @@ def selective_scan_reference(
     C = C.to(accumulate).repeat_interleave(channels // C.shape[1], dim=1).transpose(-1, -2)
     decay = torch.exp(dt[..., None] * A[:, None])
     drive = (dt * x)[..., None] * B
-    state = x.new_zeros(u.shape[0], channels, A.shape[1])
+    state = x.new_zeros((u.shape[0], channels, A.shape[1]))
     outputs = []
     for step in range(u.shape[2]):
         state = decay[:, :, step] * state + drive[:, :, step]
