@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import backends
 from ..checks import check_device, check_dtype, check_shape, check_tensor
 from . import op
+from .portable import causal_conv1d_forward
 from .reference import causal_conv1d_reference
 
 __all__ = ["causal_conv1d"]
@@ -60,4 +61,6 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, activat
     silu = activation is not None
     if backends.reference_in_use():
         return causal_conv1d_reference(x, weight, bias, silu)
+    if torch.onnx.is_in_onnx_export():
+        return causal_conv1d_forward(x, weight, bias, silu)
     return op.forward_op(x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous(), silu)

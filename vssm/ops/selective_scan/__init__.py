@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import backends
 from ..checks import check_device, check_dtype, check_shape, check_tensor
 from . import op
+from .onnx import selective_scan_onnx
 from .reference import selective_scan_reference
 
 __all__ = ["selective_scan"]
@@ -64,6 +65,8 @@ def selective_scan(
     if backends.reference_in_use():
         u = u.float() if autocast and u.dtype != torch.float64 else u
         out, last_state = selective_scan_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    elif torch.onnx.is_in_onnx_export():
+        out, last_state = selective_scan_onnx(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     else:
         tensors = [t if t is None else t.contiguous() for t in (u, delta, A, B, C, D, z, delta_bias)]
         out, last_state, _ = op.forward_op(*tensors, delta_softplus)

@@ -17,7 +17,7 @@ from torch.nn.functional import pad, silu, softplus
 from .chunks import chunk_length, num_chunks
 
 
-class _Chunked:
+class Chunked:
     """The inputs of one call in the accumulation dtype, padded and cut into chunks.
 
     Per-channel tensors are (B, G, P, S) at one step, states (B, G, P, S, N), B and C (B, G, 1, S, N). Padded steps have
@@ -49,9 +49,10 @@ class _Chunked:
         x = pad(x.to(self.dtype), (0, self.steps * self.count - self.length))
         return x.view(self.batch, self.groups, 1, self.states, self.count, self.steps).permute(5, 0, 1, 2, 4, 3)
 
-    def join(self, steps: list[Tensor]) -> Tensor:
-        """T tensors (B, G, P, S) -> (B, D, L), the inverse of `cut`."""
-        return torch.stack(steps, dim=-1).view(self.batch, self.channels, self.count * self.steps)[..., : self.length]
+    def join(self, steps: list[Tensor] | Tensor) -> Tensor:
+        """T tensors (B, G, P, S), or one (T, B, G, P, S) -> (B, D, L), the inverse of `cut`."""
+        whole = steps.movedim(0, -1) if isinstance(steps, Tensor) else torch.stack(steps, dim=-1)
+        return whole.reshape(self.batch, self.channels, self.count * self.steps)[..., : self.length]
 
     def join_states(self, steps: list[Tensor]) -> Tensor:
         """T tensors (B, G, S, N) -> (B, G, N, L), the inverse of `cut_states`."""
@@ -82,9 +83,18 @@ class _Chunked:
         return torch.stack(entering, dim=3), value
 
 
+def finish(y: Tensor, u: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+    """Skip and gate, in the accumulation dtype of `y`; the output in u's dtype."""
+    if D is not None:
+        y = y + u.to(y.dtype) * D.to(y.dtype)[:, None]
+    if z is not None:
+        y = y * silu(z.to(y.dtype))
+    return y.to(u.dtype).contiguous()
+
+
 def selective_scan_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
     """out in u's dtype; last state (B, D, N) and chunk-start states (B, D, S, N) in the accumulation dtype."""
-    c = _Chunked(u, delta, A, B, C, delta_bias, delta_softplus)
+    c = Chunked(u, delta, A, B, C, delta_bias, delta_softplus)
     state, local = c.zero_state(), []
     for step in range(c.steps):
         state = c.advance(state, step)
@@ -94,20 +104,16 @@ def selective_scan_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
     for step in range(c.steps):
         dt_sum = dt_sum + c.dt[step]
         outputs.append(local[step] + (c.C[step] * c.decay(dt_sum) * starts).sum(-1))
-    y = c.join(outputs)
-    if D is not None:
-        y = y + u.to(c.dtype) * D.to(c.dtype)[:, None]
-    if z is not None:
-        y = y * silu(z.to(c.dtype))
     shape = (c.batch, c.channels)
-    return y.to(u.dtype).contiguous(), last.reshape(*shape, c.states), starts.reshape(*shape, c.count, c.states)
+    out = finish(c.join(outputs), u, D, z)
+    return out, last.reshape(*shape, c.states), starts.reshape(*shape, c.count, c.states)
 
 
 def selective_scan_backward(
     grad_out, grad_last_state, u, delta, A, B, C, D, z, delta_bias, chunk_states, delta_softplus
 ):
     """Gradients of all inputs in their dtypes; absent optional inputs give empty tensors."""
-    c = _Chunked(u, delta, A, B, C, delta_bias, delta_softplus)
+    c = Chunked(u, delta, A, B, C, delta_bias, delta_softplus)
     g = grad_out.to(c.dtype)
     gate = None if z is None else z.to(c.dtype)
     y_grad = g if gate is None else g * silu(gate)

@@ -1,0 +1,36 @@
+"""The selective scan as an ONNX graph can hold it: ONNX's Scan operator, twice, whatever the length.
+
+The form is that of `portable.py`, with its two loops as operators: all chunks walk their steps side by side, then a
+state is carried from chunk to chunk. Used while torch.onnx exports, for inference.
+
+Letters: B batch, D channels, N states, G groups of B and C, P channels of a group, S chunks, T steps of one.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# PyTorch's loop that torch.onnx turns into ONNX's Scan; torch.export has no public name for it yet.
+from torch._higher_order_ops.scan import scan
+
+from .portable import Chunked, finish
+
+
+def selective_scan_onnx(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+    """out (B, D, L) in u's dtype and the last state (B, D, N), as `selective_scan_forward` of `portable.py`."""
+    c = Chunked(u, delta, A, B, C, delta_bias, delta_softplus)
+
+    # Shapes do not broadcast in here: torch.onnx lets sizes be symbols, and two symbols only match as equals.
+    def step(state, now):
+        decay, drive = now
+        state = decay * state + drive
+        # A copy: what a step gives out must not be what it carries on.
+        return state, state.clone()
+
+    zero = c.zero_state()
+    ends, states = scan(step, zero, tuple(x.contiguous() for x in (c.decay(c.dt), (c.dt * c.u)[..., None] * c.B)))
+    chunks = (c.decay(c.dt.sum(0)), ends)
+    last, after = scan(step, zero[:, :, :, 0].contiguous(), tuple(x.movedim(3, 0).contiguous() for x in chunks))
+    starts = torch.cat([torch.zeros_like(after[:1]), after[:-1]]).movedim(0, 3)
+    y = (c.C * (states + c.decay(c.dt.cumsum(0)) * starts)).sum(-1)
+    return finish(c.join(y), u, D, z), last.reshape(c.batch, c.channels, c.states)
