@@ -1,174 +1,173 @@
-"""Times the selective scan: native kernels, portable PyTorch and the sequential definition, in one run.
+"""Measure ops and models against their peers, in one run on one machine, and write tables and plots.
 
-Prints markdown tables: time per pass, growth with the length, and memory beyond the inputs.
+Competitors take turns, figures are medians with the fastest and slowest run, ratios are to the first competitor.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import multiprocessing
-import platform
-import statistics
+import json
 import sys
-import time
 from pathlib import Path
+from typing import Any, NoReturn
 
+import benchmark_models
+import benchmark_ops
+import timm
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from measuring import Times, environment, table
 
-import vssm.ops
-from vssm.ops import native
+from vssm.volumes.writing import atomic_file
 
-MODES = {"native": contextlib.nullcontext, "portable": vssm.ops.use_portable, "reference": vssm.ops.use_reference}
-SPEED_SHAPES = [(1, 384, 3136, 16), (2, 384, 3136, 1), (1, 768, 784, 1)]
-GROWTH_SHAPES = [(1, 384, 784, 16), (1, 64, 65536, 16)]
-MEMORY_SHAPE = (1, 64, 262144, 16)
+EXAMPLE = """examples:
+  python tools/benchmark.py ops --threads 2 --output model_zoo/benchmarks/cpu
+  python tools/benchmark.py models --threads 1 --batch 4 --resolution 224 --output model_zoo/benchmarks/cpu
+  python tools/benchmark.py models vmamba_tiny swin_tiny_patch4_window7_224 --resolution 224 512 1024"""
+WRONG_INPUT = 2
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def shape(text: str) -> tuple[int, ...]:
-    """batch,channels,length,states from the command line."""
-    sizes = tuple(int(size) for size in text.split(","))
-    if len(sizes) != 4 or min(sizes) < 1:
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong command line in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(WRONG_INPUT, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def sizes(text: str) -> tuple[int, ...]:
+    """B,D,L,N from the command line."""
+    try:
+        numbers = tuple(int(number) for number in text.split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) != 4 or min(numbers) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not batch,channels,length,states, e.g. 1,384,3136,16")
-    return sizes
+    return numbers
 
 
-def make_inputs(sizes: tuple[int, ...], gradients: bool) -> dict[str, torch.Tensor]:
-    batch, channels, length, states = sizes
-    rng = torch.Generator().manual_seed(0)
-    shapes = {
-        "u": (batch, channels, length),
-        "delta": (batch, channels, length),
-        "A": (channels, states),
-        "B": (batch, states, length),
-        "C": (batch, states, length),
-        "D": (channels,),
-        "delta_bias": (channels,),
+def positive(text: str) -> int:
+    """A whole number above 0 from the command line."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def run_ops(options: argparse.Namespace, device: torch.device) -> dict[str, list[dict[str, Any]]]:
+    """Title -> rows, for the selective scan."""
+    names = benchmark_ops.implementations(device, options.reference)
+    dtypes = [DTYPES[name] for name in options.dtype]
+    report = {
+        "selective_scan": benchmark_ops.speed(device, dtypes, names, options.shape or benchmark_ops.SCAN_SHAPES),
+        "time against length": benchmark_ops.growth(device, names[0]),
+        "memory beyond the inputs, forward + backward": benchmark_ops.memory(
+            device, [name for name in names if name != "reference"], options.threads, benchmark_ops.LONG_SHAPE
+        ),
     }
-    inputs = {name: torch.randn(sizes, generator=rng) for name, sizes in shapes.items()}
-    inputs["A"] = -inputs["A"].exp()
-    return {name: x.requires_grad_(gradients) for name, x in inputs.items()}
+    if names[0] == "native":
+        report["one state against a copy"] = benchmark_ops.streaming(device, (4, 384, 3136, 1))
+        if device.type == "cpu":
+            report["threads"] = benchmark_ops.threads_gain(device, (4, 384, 3136, 16))
+    return report
 
 
-def run_once(inputs: dict[str, torch.Tensor], grad_out: torch.Tensor | None) -> None:
-    """One forward pass; with `grad_out` also the backward pass."""
-    out = vssm.ops.selective_scan(**inputs, delta_softplus=True)
-    if grad_out is not None:
-        torch.autograd.grad(out, list(inputs.values()), grad_out)
+def run_models(options: argparse.Namespace, device: torch.device) -> dict[str, list[dict[str, Any]]]:
+    """Title -> rows, for whole models."""
+    names = options.names or ["vmamba_tiny", *benchmark_models.PEERS]
+    unknown = [name for name in names if not timm.is_model(name)]
+    if unknown:
+        raise ValueError(f"no model is called {unknown[0]!r}; see vssm list and timm.list_models()")
+    report = {"models": benchmark_models.speed(names, options.resolution, options.batch, device)}
+    memory = benchmark_models.memory(names, options.resolution[0], options.batch, device, options.threads)
+    return report | {"memory of a training step beyond weights and pictures": memory}
 
 
-def time_pass(mode: str, sizes: tuple[int, ...], backward: bool, runs: int) -> list[float]:
-    """Milliseconds of each run, after one more to warm up."""
-    inputs = make_inputs(sizes, backward)
-    grad_out = torch.randn(sizes[:3]) if backward else None
-    times = []
-    with MODES[mode]():
-        for _ in range(runs + 1):
-            start = time.perf_counter()
-            run_once(inputs, grad_out)
-            times.append((time.perf_counter() - start) * 1e3)
-    return times[1:]
+def draw(title: str, rows: list[dict[str, Any]], path: Path) -> None:
+    """Time against length, or throughput against resolution, one line for each pass and model."""
+    x = "L" if "L" in rows[0] else "resolution"
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        time = next(value for value in row.values() if isinstance(value, Times)).median
+        label = f"{row.get('model', '')} {row['pass']}".strip()
+        lines.setdefault(label, []).append((row[x], time if x == "L" else row["batch"] * 1e3 / time))
+    for label, points in lines.items():
+        axes.plot(*zip(*points, strict=True), marker="o", label=label)
+    axes.set(xscale="log", yscale="log", xlabel=x, ylabel="ms" if x == "L" else "pictures per second", title=title)
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend(fontsize=8)
+    with atomic_file(path) as stream:
+        figure.savefig(stream, format="png", dpi=100)
 
 
-def spread(times: list[float]) -> str:
-    return f"{statistics.median(times):.4g} ({min(times):.4g}..{max(times):.4g})"
+def write(report: dict[str, list[dict[str, Any]]], where: dict[str, Any], command: str, path: Path) -> None:
+    """PATH.json with every run, PATH.md with the tables, PATH-*.png where something is worth a plot."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plain = {
+        title: [{k: list(v.runs) if isinstance(v, Times) else v for k, v in row.items()} for row in rows]
+        for title, rows in report.items()
+    }
+    with atomic_file(path.with_suffix(".json")) as stream:
+        stream.write(json.dumps({"command": command, "environment": where, "results": plain}, indent=1).encode())
+    with atomic_file(path.with_suffix(".md")) as stream:
+        stream.write(text_of(report, where, command).encode())
+    for title, rows in report.items():
+        if "L" in rows[0] or len({row.get("resolution") for row in rows}) > 1:
+            draw(title, rows, path.with_name(f"{path.name}-{title.replace(' ', '-')}.png"))
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def text_of(report: dict[str, list[dict[str, Any]]], where: dict[str, Any], command: str) -> str:
+    """The tables as Markdown, below what was run on which machine."""
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    head = f"`{command}`\n\n{where['date']}, {where['device']}, {where['threads']} threads, "
+    head += f"native kernels: {where['native kernels']}, {versions}. Times: median (fastest..slowest) in ms."
+    return "\n\n".join([head, *(f"## {title}\n\n{table(rows)}" for title, rows in report.items() if rows)]) + "\n"
 
 
-def speed(shapes: list[tuple[int, ...]], modes: list[str], runs: int, slow_runs: int) -> str:
-    rows = []
-    for sizes in shapes:
-        for backward in (False, True):
-            times = {m: time_pass(m, sizes, backward, runs if m == "native" else slow_runs) for m in modes}
-            medians = {m: statistics.median(t) for m, t in times.items()}
-            row = [str(sizes), "forward + backward" if backward else "forward", *map(spread, times.values())]
-            rows.append(row + [f"{medians[m] / medians[modes[0]]:.1f}" for m in modes[1:]])
-    header = ["batch, channels, length, states", "pass", *(f"{m} ms" for m in modes)]
-    return table(header + [f"{m} / {modes[0]}" for m in modes[1:]], rows)
-
-
-def growth(shapes: list[tuple[int, ...]], runs: int) -> str:
-    """Times at a length and at four times that length, taken in turns so that noise meets both."""
-    rows = []
-    for batch, channels, length, states in shapes:
-        for backward in (False, True):
-            short, long = [], []
-            for _ in range(runs):
-                short += time_pass("native", (batch, channels, length, states), backward, 3)
-                long += time_pass("native", (batch, channels, 4 * length, states), backward, 3)
-            ratio = statistics.median(long) / statistics.median(short)
-            name = "forward + backward" if backward else "forward"
-            rows.append([str((batch, channels, length, states)), name, spread(short), spread(long), f"{ratio:.2f}"])
-    return table(["batch, channels, length, states", "pass", "native ms", "at four times the length", "ratio"], rows)
-
-
-def resident(field: str) -> int:
-    """A memory figure of this process from the kernel, in bytes; Linux only."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
-def peak_memory(mode: str, sizes: tuple[int, ...], threads: int) -> int:
-    """Largest memory above the inputs, in bytes, while a forward and a backward pass run; for a process of its own."""
-    torch.set_num_threads(threads)
-    with MODES[mode]():
-        run_once(make_inputs((1, 2, 16, 1), True), torch.ones(1, 2, 16))
-        inputs, grad_out = make_inputs(sizes, True), torch.randn(sizes[:3])
-        # Resets the high-water mark.
-        Path("/proc/self/clear_refs").write_text("5")
-        before = resident("VmRSS")
-        run_once(inputs, grad_out)
-    return resident("VmHWM") - before
-
-
-def memory(sizes: tuple[int, ...], modes: list[str], threads: int) -> str:
-    rows = []
-    for mode in modes:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            peak = pool.apply(peak_memory, (mode, sizes, threads))
-        rows.append([str(sizes), mode, f"{peak / 1e9:.3f}"])
-    return table(["batch, channels, length, states", "forward + backward", "GB above the inputs"], rows)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line `arguments` (those of the process if None); returns the exit status."""
+    parser = Parser(
+        prog="benchmark.py",
         description=__doc__,
-        epilog="example: python tools/benchmark.py --threads 2 --shape 1,384,3136,16 --output scan.md",
+        epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--shape", type=shape, action="append", help="batch,channels,length,states to time; repeatable")
-    parser.add_argument(
-        "--growth-shape", type=shape, action="append", help="shape to time, also at four times the length"
-    )
-    parser.add_argument("--memory-shape", type=shape, default=MEMORY_SHAPE)
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="ratios are to the first")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--runs", type=int, default=15, help="timed runs of the native kernels")
-    parser.add_argument("--slow-runs", type=int, default=3, help="timed runs of the others")
-    parser.add_argument("--output", type=Path, help="write the tables to this file as well")
-    options = parser.parse_args()
-    if "native" in options.modes and native.library is None:
-        sys.exit(f"benchmark: no native kernels: {native.reason}")
-
+    subjects = parser.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
+    ops = subjects.add_parser("ops", help="the selective scan: implementations, lengths, memory, threads")
+    ops.add_argument("--shape", type=sizes, action="append", help="B,D,L,N to time; repeatable")
+    ops.add_argument("--dtype", choices=DTYPES, nargs="+", default=["float32"])
+    ops.add_argument("--reference", action="store_true", help="also time the sequential definition, which is slow")
+    models = subjects.add_parser("models", help="models of vssm beside timm's")
+    models.add_argument("names", nargs="*", help="models to compare, the first is the measure of the others")
+    models.add_argument("--resolution", type=positive, nargs="+", default=[224])
+    models.add_argument("--batch", type=positive, default=4)
+    for subject in (ops, models):
+        subject.add_argument(
+            "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+        )
+        subject.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="of the CPU")
+        subject.add_argument("--output", type=Path, metavar="PATH", help="also write PATH.json, PATH.md and plots")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this machine has none that PyTorch can use; leave it out")
     torch.set_num_threads(options.threads)
-    level = native.library.vssm_simd_level().decode() if native.library else "none"
-    environment = f"{platform.machine()}, instruction set {level}, {options.threads} threads, torch {torch.__version__}"
-    report = [f"Median (min..max) on {environment}; float32, D, delta_bias and softplus given."]
-    if Path("/proc/self/clear_refs").exists():
-        fast = [mode for mode in options.modes if mode != "reference"]
-        report.append(memory(options.memory_shape, fast, options.threads))
-    report.append(speed(options.shape or SPEED_SHAPES, options.modes, options.runs, options.slow_runs))
-    if "native" in options.modes:
-        report.append(growth(options.growth_shape or GROWTH_SHAPES, 3))
-    text = "\n\n".join(report) + "\n"
-    print(text, end="")
+    device = torch.device(options.device)
+    command = " ".join(["python tools/benchmark.py", *(sys.argv[1:] if arguments is None else arguments)])
+    where = environment(device, options.threads)
+    try:
+        report = (run_ops if options.subject == "ops" else run_models)(options, device)
+    except ValueError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return WRONG_INPUT
+    print(text_of(report, where, command), end="")
     if options.output:
-        options.output.write_text(text)
+        write(report, where, command, options.output)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -63,6 +63,7 @@ class Options:
     patch_size: Annotated[list, Range(4, 256, (3,), whole=True)]
     batch_size: Annotated[int, Range(1, 64)]
     patches_anywhere: Annotated[float, Range(0, 1)]
+    mirror_axes: Annotated[list, Range(0, 2, (None,), whole=True)]
     learning_rate: Annotated[float, Range(1e-7, 1)]
     warmup: Annotated[float, Range(0, 0.9)]
     weight_decay: Annotated[float, Range(0, 1)]
@@ -112,12 +113,18 @@ class Demonstration:
 
         def next_batch() -> tuple[Tensor, Tensor]:
             # strong degradation, the harder case, comes more often than weak
-            share = torch.rand(2, generator=generator).sqrt().tolist()
+            share = (torch.rand(2, generator=generator) ** 0.25).tolist()
             scan = self._scan(self.intensity, generator, share)[None]
             scan = normalize({"image": scan})["image"].as_tensor()
-            patches = [sampler() for _ in range(options.batch_size)]
-            images = torch.stack([scan[(slice(None), *patch)] for patch in patches])
-            return images, torch.stack([self.labels[None][(slice(None), *patch)] for patch in patches])
+            pairs = torch.cat([scan, self.labels[None]])  # float32 holds labels exactly
+            patches = []
+            for _ in range(options.batch_size):
+                patch = pairs[(slice(None), *sampler())]
+                mirrored = torch.rand(len(options.mirror_axes), generator=generator) < 0.5
+                axes = [axis + 1 for axis, flip in zip(options.mirror_axes, mirrored, strict=True) if flip]
+                patches.append(patch.flip(axes))
+            images, labels = torch.stack(patches).split(1, dim=1)
+            return images, labels.long()
 
         recipe = Recipe(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Recipe)})
         with tqdm(total=options.steps, desc=title, unit="step") as bar:
