@@ -35,9 +35,10 @@ def selective_scan_reference(
     drive = (dt * x)[..., None] * B
     state = x.new_zeros((u.shape[0], channels, A.shape[1]))
     outputs = []
-    for step in range(u.shape[2]):
-        state = decay[:, :, step] * state + drive[:, :, step]
-        outputs.append((state * C[:, :, step]).sum(-1))
+    # Unbound once: the gradient of one index at a time would fill a whole tensor for every step.
+    for decay_now, drive_now, to_output in zip(decay.unbind(2), drive.unbind(2), C.unbind(2), strict=True):
+        state = decay_now * state + drive_now
+        outputs.append((state * to_output).sum(-1))
     y = torch.stack(outputs, dim=2)
     if D is not None:
         y = y + x * D[:, None]
