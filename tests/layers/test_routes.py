@@ -41,3 +41,20 @@ def test_sequences_are_contiguous_whatever_the_layout_of_the_map(size):
     sequences = CrossRoutes().scatter(x)
     assert sequences.shape == (2, 4, 3, size[0] * size[1]) and sequences.is_contiguous()
     assert torch.equal(sequences, CrossRoutes().scatter(x.contiguous()))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_table_holds_the_positions_in_the_order_of_the_sequences(size):
+    x = torch.randn(2, 3, *size)
+    table = CrossRoutes().table(size, x.device)
+    assert table.dtype == torch.int32
+    sequences = CrossRoutes().scatter(x)
+    for k, order in enumerate(table.long()):
+        assert torch.equal(x.flatten(2)[:, :, order], sequences[:, k])
+
+
+def test_a_table_is_made_once_and_serves_training_after_inference():
+    with torch.inference_mode():
+        table = CrossRoutes().table((3, 17), torch.device("cpu"))
+    assert not table.is_inference()
+    assert CrossRoutes().table((3, 17), torch.device("cpu")) is table

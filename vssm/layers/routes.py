@@ -26,6 +26,9 @@ class Routes(Protocol):
     def gather(self, y: Tensor, size: Sequence[int]) -> Tensor:
         """Sequences (B, K, D, L) -> map (B, D, *size)."""
 
+    def table(self, size: Sequence[int], device: torch.device) -> Tensor:
+        """int32 (K, L): the row-major index of the position that each route visits at each step, -1 for padding."""
+
 
 class CrossRoutes:
     """Row by row, column by column, and both backwards (VMamba's cross-scan, arXiv 2401.10166, figure 3)."""
@@ -43,3 +46,21 @@ class CrossRoutes:
         forwards, backwards = y.chunk(2, dim=1)
         rows, columns = (forwards + backwards.flip(-1)).unbind(1)
         return rows.unflatten(-1, (height, width)) + columns.unflatten(-1, (width, height)).mT
+
+    def table(self, size: Sequence[int], device: torch.device) -> Tensor:
+        """int32 (4, H*W): the row-major index of the position that each route visits at each step."""
+        key = (*size, device)
+        if torch.compiler.is_compiling() or key not in _TABLES:
+            # A table made in inference mode could not be saved for a backward pass later on.
+            with torch.inference_mode(False):
+                positions = torch.arange(size[0] * size[1], dtype=torch.int32, device=device)
+                table = self.scatter(positions.view(1, 1, *size))[0, :, 0]
+            # Compilers trace with tensors that have no values.
+            if torch.compiler.is_compiling() or type(table) is not Tensor:
+                return table
+            _TABLES[key] = table
+        return _TABLES[key]
+
+
+# Tables of `CrossRoutes` by size and device.
+_TABLES: dict[tuple, Tensor] = {}
