@@ -34,7 +34,7 @@ struct BackwardScratch {
     vf *dweight, *dD, *dbias;        // (blocks, R), (blocks), (blocks)
     vf *dt, *slope;                  // (T)
     vf *h, *decay;                   // (T, N); h has the start in front
-    vf *ddelta;                      // (T, blocks)
+    float* ddelta;                   // (T, MAX_SLICE)
     vf *terms;                       // (GROUP, 2N)
     vf *drank;                       // (T)
     float *rows, *sums;              // (T, R + 2N) of dt_b_c, (T, 2N) of the gradients of B and C
@@ -49,9 +49,9 @@ struct BackwardScratch {
         dweight = arena.vectors(blocks * R), dD = arena.vectors(blocks), dbias = arena.vectors(blocks);
         dt = arena.vectors(T), slope = arena.vectors(T);
         h = arena.vectors(T * size.states + N), decay = arena.vectors(T * size.states);
-        ddelta = arena.vectors(T * blocks), terms = arena.vectors(GROUP * 2 * size.states);
+        ddelta = arena.floats(T * MAX_SLICE), terms = arena.vectors(GROUP * 2 * size.states);
         drank = arena.vectors(T * rank_vectors);
-        rows = arena.floats(T * row_stride(size)), sums = arena.floats(T * 2 * size.states);
+        rows = arena.floats(T * row_stride(size)), sums = arena.floats(T * 2 * size.states + W);
         zeros = arena.floats(width), rest = arena.floats(width);
         x = arena.floats(copy), g = arena.floats(copy), dx = arena.floats(copy);
     }
@@ -120,7 +120,7 @@ void backward_block(const CrossBackward& call, const BackwardScratch& m, const S
             // A carries a factor log2(e).
             vf ddelta = (u * by_input + LN_2 * by_decay) * slope[s];
             dbias += ddelta;
-            m.ddelta[s * slice.blocks + i] = ddelta;
+            store(VSSM_FLOAT32, m.ddelta, s * MAX_SLICE + i * W, ddelta);
             store(VSSM_FLOAT32, dx, i * W, load(VSSM_FLOAT32, dx, i * W) + D * g + dt[s] * by_input);
         }
         for (int64_t j = 0; j < (end - begin) * 2 * N; j += W) {
@@ -142,12 +142,11 @@ void backward_projection(const CrossSizes& size, const BackwardScratch& m, const
                          float* rows) {
     const int64_t R = size.rank, N = size.states, steps = chunk.steps, stride = row_stride(size);
     for (int64_t i = 0; i < slice.blocks; i++)
-        multiply(m.rows, 1, stride, m.ddelta + i, slice.blocks, steps, R, m.dweight + i * m.parameters.ranks);
+        multiply(m.rows, 1, stride, (const vf*)m.ddelta + i, MAX_SLICE / W, steps, R, m.dweight + i * m.parameters.ranks);
     for (int64_t v = 0; v < m.rank_vectors; v++) {
         vf* drank = m.drank + v * size.chunk;
         for (int64_t s = 0; s < size.chunk; s++) drank[s] = zero();
-        multiply((const float*)m.ddelta, slice.blocks * W, 1, m.by_channel + v, m.rank_vectors, slice.channels, steps,
-                 drank);
+        multiply(m.ddelta, MAX_SLICE, 1, m.by_channel + v, m.rank_vectors, slice.channels, steps, drank);
     }
     for (int64_t s = 0; s < steps; s++) {
         uint32_t position = chunk.order[s];
@@ -155,7 +154,8 @@ void backward_projection(const CrossSizes& size, const BackwardScratch& m, const
         int64_t row = (position * size.routes + chunk.route) * row_length(size);
         for (int64_t v = 0; v < m.rank_vectors; v++)
             store_first(VSSM_FLOAT32, rows, row + v * W, m.drank[v * size.chunk + s], R - v * W);
-        for (int64_t n = 0; n < 2 * N; n++) rows[row + R + n] = m.sums[s * 2 * N + n];
+        for (int64_t n = 0; n < 2 * N; n += W)
+            store_first(VSSM_FLOAT32, rows, row + R + n, load(VSSM_FLOAT32, m.sums, s * 2 * N + n), 2 * N - n);
     }
 }
 

@@ -30,8 +30,12 @@ inline void forward_tile(const CrossForward& call, const ForwardScratch& m, int6
     for (int64_t s = 0; s < TILE; s++) dt[s] = m.parameters.bias[i];
     multiply(m.rows, stride, 1, m.parameters.weight + i * m.parameters.ranks, 1, size.rank, steps, dt);
     for (int64_t n = 0; n < N; n++) h[n] = m.h[i * m.parameters.states + n];
+    // A loop of its own where the states below already fill the registers.
+    if (STATES != 1 && call.delta_softplus)
+        for (int64_t s = 0; s < steps; s++) dt[s] = softplus(dt[s], slope);
     for (int64_t s = 0; s < steps; s++) {
-        vf u = load(VSSM_FLOAT32, x[s], i * W), delta = call.delta_softplus ? softplus(dt[s], slope) : dt[s];
+        vf u = load(VSSM_FLOAT32, x[s], i * W), delta = dt[s];
+        if (STATES == 1 && call.delta_softplus) delta = softplus(delta, slope);
         vf sum = D * u, drive = delta * u;
         if (add) sum += load(VSSM_FLOAT32, y[s], i * W);
 #pragma GCC unroll 16
