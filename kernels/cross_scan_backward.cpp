@@ -84,13 +84,16 @@ void backward_block(const CrossBackward& call, const BackwardScratch& m, const S
 
     load_lanes(call.chunk_states + states_at(size, slice, chunk.route, i, chunk.number), chunks(size) * N,
                slice.rows(i), N, h);
+    vf state[capacity<STATES>];
+    for (int64_t n = 0; n < N; n++) state[n] = h[n];
     for (int64_t s = 0; s < steps; s++) {
         vf drive = dt[s] * load(VSSM_FLOAT32, chunk.x.at(chunk.order[s]), i * W);
 #pragma GCC unroll 16
         for (int64_t n = 0; n < N; n++) {
             vf a = exp2(dt[s] * A[n]);
             decay[s * N + n] = a;
-            h[(s + 1) * N + n] = a * h[s * N + n] + drive * B[s * stride + n];
+            state[n] = a * state[n] + drive * B[s * stride + n];
+            h[(s + 1) * N + n] = state[n];
         }
     }
 

@@ -1,6 +1,7 @@
 """Times the selective scan: native kernels, portable PyTorch and the sequential definition, in one run.
 
-Prints markdown tables: time per pass, growth with the length, and memory beyond the inputs.
+Prints markdown tables: time per pass, growth with the length, memory beyond the inputs, and what the fused scan along
+the four routes of a cross-scan saves over copying a map to four sequences.
 """
 
 from __future__ import annotations
@@ -17,12 +18,24 @@ from pathlib import Path
 import torch
 
 import vssm.ops
+from vssm.layers.routes import CrossRoutes
 from vssm.ops import native
 
 MODES = {"native": contextlib.nullcontext, "portable": vssm.ops.use_portable, "reference": vssm.ops.use_reference}
 SPEED_SHAPES = [(1, 384, 3136, 16), (2, 384, 3136, 1), (1, 768, 784, 1)]
 GROWTH_SHAPES = [(1, 384, 784, 16), (1, 64, 65536, 16)]
 MEMORY_SHAPE = (1, 64, 262144, 16)
+# Batch, side of the map, channels, states, rank of the step projection.
+ROUTE_SHAPES = [
+    (4, 56, 192, 1, 6),
+    (4, 56, 192, 1, 12),
+    (4, 28, 192, 1, 12),
+    (4, 14, 384, 1, 24),
+    (4, 14, 768, 1, 24),
+    (4, 7, 768, 1, 48),
+    (4, 28, 192, 16, 12),
+    (4, 56, 192, 16, 6),
+]
 
 
 def shape(text: str) -> tuple[int, ...]:
@@ -106,6 +119,56 @@ def growth(shapes: list[tuple[int, ...]], runs: int) -> str:
     return table(["batch, channels, length, states", "pass", "native ms", "at four times the length", "ratio"], rows)
 
 
+def scan_sequences(x, dt_b_c, dt_weight, A, D, delta_bias):
+    """Copies the map (B, D, H, W) to four sequences, scans them as one and adds up; dt_b_c is (B, 4, R + 2N, L)."""
+    routes, states = CrossRoutes(), A.shape[2]
+    sequences = routes.scatter(x)
+    dt, b, c = dt_b_c.split((dt_weight.shape[2], states, states), dim=2)
+    parameters = D.flatten(), None, delta_bias.flatten(), True
+    y = vssm.ops.selective_scan(
+        sequences.flatten(1, 2), (dt_weight @ dt).flatten(1, 2), A.flatten(0, 1), b, c, *parameters
+    )
+    return routes.gather(y.view(sequences.shape), x.shape[2:])
+
+
+def routes(shapes: list[tuple[int, ...]], runs: int) -> str:
+    """Times of `scan_sequences` and of the fused scan on inputs of the same sizes, taken in turns."""
+    rows = []
+    for batch, side, channels, states, rank in shapes:
+        rng = torch.Generator().manual_seed(0)
+
+        def normal(*sizes, rng=rng):
+            return torch.randn(*sizes, generator=rng).requires_grad_()
+
+        order = CrossRoutes().table((side, side), torch.device("cpu"))
+        A = (-torch.rand(4, channels, states, generator=rng) - 0.5).requires_grad_()
+        parameters = normal(4, channels, rank), A, normal(4, channels), normal(4, channels)
+        maps = normal(batch, channels, side, side), normal(batch, 4, rank + 2 * states, side * side)
+        rows_of_maps = normal(batch, side * side, channels), normal(batch, side * side, 4, rank + 2 * states)
+
+        def fused(x, dt_b_c, dt_weight, A, D, delta_bias, order=order):
+            return vssm.ops.cross_selective_scan(x, dt_b_c, dt_weight, A, order, D, delta_bias)
+
+        for backward in (False, True):
+            times = {scan_sequences: [], fused: []}
+            for _ in range(runs + 1):
+                for function, inputs in ((scan_sequences, (*maps, *parameters)), (fused, (*rows_of_maps, *parameters))):
+                    start = time.perf_counter()
+                    with torch.set_grad_enabled(backward):
+                        y = function(*inputs)
+                        if backward:
+                            torch.autograd.grad(y, inputs, torch.ones_like(y))
+                    times[function].append((time.perf_counter() - start) * 1e3)
+            copied, direct = (values[1:] for values in times.values())
+            ratio = statistics.median(copied) / statistics.median(direct)
+            name = "forward + backward" if backward else "forward"
+            rows.append(
+                [str((batch, side, channels, states, rank)), name, spread(copied), spread(direct), f"{ratio:.2f}"]
+            )
+    header = ["batch, side, channels, states, rank", "pass", "sequences ms", "routes ms", "sequences / routes"]
+    return table(header, rows)
+
+
 def resident(field: str) -> int:
     """A memory figure of this process from the kernel, in bytes; Linux only."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -164,6 +227,7 @@ def main() -> None:
     report.append(speed(options.shape or SPEED_SHAPES, options.modes, options.runs, options.slow_runs))
     if "native" in options.modes:
         report.append(growth(options.growth_shape or GROWTH_SHAPES, 3))
+        report.append(routes(ROUTE_SHAPES, options.runs))
     text = "\n\n".join(report) + "\n"
     print(text, end="")
     if options.output:
