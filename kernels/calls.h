@@ -64,6 +64,34 @@ struct ConvBackward {
     ConvSizes size;
 };
 
+struct CrossSizes {
+    int64_t batch, positions, channels, routes, length, states, rank, separate, chunk, num_threads;
+};
+
+struct CrossForward {
+    int64_t dtype;
+    const void *x, *dt_b_c;
+    const float *dt_weight, *A;
+    const int32_t* order;
+    const float *D, *delta_bias;
+    int64_t delta_softplus;
+    void* y;
+    float *chunk_states, *workspace;
+    CrossSizes size;
+};
+
+struct CrossBackward {
+    int64_t dtype;
+    const void *grad_y, *x, *dt_b_c;
+    const float *dt_weight, *A;
+    const int32_t* order;
+    const float *D, *delta_bias, *chunk_states;
+    int64_t delta_softplus;
+    void *dx, *ddt_b_c;
+    float *ddt_weight, *dA, *dD, *ddelta_bias, *workspace;
+    CrossSizes size;
+};
+
 struct Kernels {
     const char* level;
     void (*scan_forward)(const ScanForward&);
@@ -72,4 +100,8 @@ struct Kernels {
     void (*conv_forward)(const ConvForward&);
     int64_t (*conv_backward_workspace)(const ConvSizes&);
     void (*conv_backward)(const ConvBackward&);
+    int64_t (*cross_forward_workspace)(int64_t dtype, const CrossSizes&);
+    void (*cross_forward)(const CrossForward&);
+    int64_t (*cross_backward_workspace)(int64_t dtype, const CrossSizes&);
+    void (*cross_backward)(const CrossBackward&);
 };

@@ -104,6 +104,10 @@ static inline vf load_clipped(int64_t dtype, const void* row, int64_t index, int
 // The first `count` lanes of x.
 static inline void store_first(int64_t dtype, void* array, int64_t index, vf x, int64_t count) {
     if (count >= W) return store(dtype, array, index, x);
+#if defined(__AVX512F__)
+    if (dtype == VSSM_FLOAT32)
+        return _mm512_mask_storeu_ps((float*)array + index, (__mmask16)((1u << count) - 1), (__m512)x);
+#endif
     float inside[W];
     store(dtype, inside, 0, x);
     memcpy((char*)array + index * bytes_of(dtype), inside, count * bytes_of(dtype));

@@ -17,11 +17,17 @@
     void conv_forward(const ConvForward&);                \
     int64_t conv_backward_workspace(const ConvSizes&);    \
     void conv_backward(const ConvBackward&);              \
+    int64_t cross_forward_workspace(int64_t, const CrossSizes&);  \
+    void cross_forward(const CrossForward&);                      \
+    int64_t cross_backward_workspace(int64_t, const CrossSizes&); \
+    void cross_backward(const CrossBackward&);                    \
     }
 #define VSSM_KERNELS(NAME, LEVEL)                                                               \
     Kernels {                                                                                   \
         NAME, LEVEL::scan_forward, LEVEL::scan_backward_workspace, LEVEL::scan_backward,        \
-            LEVEL::conv_forward, LEVEL::conv_backward_workspace, LEVEL::conv_backward           \
+            LEVEL::conv_forward, LEVEL::conv_backward_workspace, LEVEL::conv_backward,          \
+            LEVEL::cross_forward_workspace, LEVEL::cross_forward,                               \
+            LEVEL::cross_backward_workspace, LEVEL::cross_backward                              \
     }
 
 #if defined(VSSM_X86_LEVELS)
@@ -73,7 +79,7 @@ int64_t bytes_of(int64_t dtype, int64_t count) { return count * (dtype == VSSM_F
 
 }  // namespace
 
-int64_t vssm_abi(void) { return 1; }
+int64_t vssm_abi(void) { return 2; }
 
 const char* vssm_simd_level(void) { return kernels().level; }
 
@@ -125,4 +131,44 @@ void vssm_causal_conv1d_backward(int64_t dtype, const void* grad_out, const void
     prefer_huge_pages(dx, bytes_of(dtype, batch * channels * length));
     kernels().conv_backward({dtype, grad_out, x, weight, bias, silu, dx, dweight, dbias, workspace,
                              {batch, channels, length, taps, num_threads}});
+}
+
+int64_t vssm_cross_scan_forward_workspace(int64_t dtype, int64_t batch, int64_t positions, int64_t channels,
+                                          int64_t routes, int64_t length, int64_t states, int64_t rank,
+                                          int64_t separate, int64_t chunk, int64_t num_threads) {
+    return kernels().cross_forward_workspace(
+        dtype, {batch, positions, channels, routes, length, states, rank, separate, chunk, num_threads});
+}
+
+void vssm_cross_scan_forward(int64_t dtype, const void* x, const void* dt_b_c, const float* dt_weight, const float* A,
+                             const int32_t* order, const float* D, const float* delta_bias, int64_t delta_softplus,
+                             void* y, float* chunk_states, float* workspace, int64_t batch, int64_t positions,
+                             int64_t channels, int64_t routes, int64_t length, int64_t states, int64_t rank,
+                             int64_t separate, int64_t chunk, int64_t num_threads) {
+    CrossSizes size{batch, positions, channels, routes, length, states, rank, separate, chunk, num_threads};
+    prefer_huge_pages(y, bytes_of(dtype, batch * positions * channels * (separate ? routes : 1)));
+    kernels().cross_forward({dtype, x, dt_b_c, dt_weight, A, order, D, delta_bias, delta_softplus, y, chunk_states,
+                             workspace, size});
+}
+
+int64_t vssm_cross_scan_backward_workspace(int64_t dtype, int64_t batch, int64_t positions, int64_t channels,
+                                           int64_t routes, int64_t length, int64_t states, int64_t rank,
+                                           int64_t separate, int64_t chunk, int64_t num_threads) {
+    return kernels().cross_backward_workspace(
+        dtype, {batch, positions, channels, routes, length, states, rank, separate, chunk, num_threads});
+}
+
+void vssm_cross_scan_backward(int64_t dtype, const void* grad_y, const void* x, const void* dt_b_c,
+                              const float* dt_weight, const float* A, const int32_t* order, const float* D,
+                              const float* delta_bias, const float* chunk_states, int64_t delta_softplus, void* dx,
+                              void* ddt_b_c, float* ddt_weight, float* dA, float* dD, float* ddelta_bias,
+                              float* workspace, int64_t batch, int64_t positions, int64_t channels, int64_t routes,
+                              int64_t length, int64_t states, int64_t rank, int64_t separate, int64_t chunk,
+                              int64_t num_threads) {
+    CrossSizes size{batch, positions, channels, routes, length, states, rank, separate, chunk, num_threads};
+    prefer_huge_pages(dx, bytes_of(dtype, batch * positions * channels * (separate ? routes : 1)));
+    prefer_huge_pages(ddt_b_c, bytes_of(dtype, batch * positions * routes * (rank + 2 * states)));
+    prefer_huge_pages(workspace, 4 * kernels().cross_backward_workspace(dtype, size));
+    kernels().cross_backward({dtype, grad_y, x, dt_b_c, dt_weight, A, order, D, delta_bias, chunk_states,
+                              delta_softplus, dx, ddt_b_c, ddt_weight, dA, dD, ddelta_bias, workspace, size});
 }

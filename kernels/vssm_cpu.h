@@ -94,3 +94,52 @@ VSSM_EXPORT void vssm_causal_conv1d_backward(
     float* dbias,      // result: (D), null without bias
     float* workspace,  // vssm_causal_conv1d_backward_workspace() floats
     int64_t batch, int64_t channels, int64_t length, int64_t taps, int64_t num_threads);
+
+// Selective scan along K routes over P positions, with dt in low-rank form (rank R);
+// vssm/ops/cross_selective_scan/__init__.py holds the equations. Here S chunks of T steps cover the L steps of a route.
+VSSM_EXPORT void vssm_cross_scan_forward(
+    int64_t dtype,
+    const void* x,            // any (B, P, D); (B, P, K, D) if separate
+    const void* dt_b_c,       // any (B, P, K, R + 2N)
+    const float* dt_weight,   // (K, D, R)
+    const float* A,           // (K, D, N)
+    const int32_t* order,     // int32 (K, L): positions; any number that is none, such as -1, is a step of padding
+    const float* D,           // (K, D), optional
+    const float* delta_bias,  // (K, D), optional
+    int64_t delta_softplus,   // 0 or 1
+    void* y,                  // result: any, shape of x
+    float* chunk_states,      // result: (B, K, D, S, N), the state before the first step of each chunk
+    float* workspace,         // vssm_cross_scan_forward_workspace() floats
+    int64_t batch, int64_t positions, int64_t channels, int64_t routes, int64_t length, int64_t states, int64_t rank,
+    int64_t separate,         // 0 or 1
+    int64_t chunk,            // T, a multiple of 16
+    int64_t num_threads);
+
+// Floats of workspace that vssm_cross_scan_forward needs.
+VSSM_EXPORT int64_t vssm_cross_scan_forward_workspace(int64_t dtype, int64_t batch, int64_t positions, int64_t channels,
+                                                      int64_t routes, int64_t length, int64_t states, int64_t rank,
+                                                      int64_t separate, int64_t chunk, int64_t num_threads);
+
+// Gradients of the scan along routes. Results of absent optional inputs are not written and may be null.
+VSSM_EXPORT void vssm_cross_scan_backward(
+    int64_t dtype,
+    const void* grad_y,  // any, shape of x
+    const void* x, const void* dt_b_c, const float* dt_weight, const float* A, const int32_t* order, const float* D,
+    const float* delta_bias,    // x to delta_bias: as in the forward
+    const float* chunk_states,  // (B, K, D, S, N) from the forward
+    int64_t delta_softplus,
+    void* dx,            // result: any, shape of x
+    void* ddt_b_c,       // result: any (B, P, K, R + 2N)
+    float* ddt_weight,   // result: (K, D, R)
+    float* dA,           // result: (K, D, N)
+    float* dD,           // result: (K, D)
+    float* ddelta_bias,  // result: (K, D)
+    float* workspace,    // vssm_cross_scan_backward_workspace() floats
+    int64_t batch, int64_t positions, int64_t channels, int64_t routes, int64_t length, int64_t states, int64_t rank,
+    int64_t separate, int64_t chunk, int64_t num_threads);
+
+// Floats of workspace that vssm_cross_scan_backward needs.
+VSSM_EXPORT int64_t vssm_cross_scan_backward_workspace(int64_t dtype, int64_t batch, int64_t positions,
+                                                       int64_t channels, int64_t routes, int64_t length, int64_t states,
+                                                       int64_t rank, int64_t separate, int64_t chunk,
+                                                       int64_t num_threads);

@@ -14,7 +14,7 @@ import benchmark
 import benchmark_ops
 import measuring
 
-SMALL = dict(LENGTHS=(16, 64), LONG_SHAPE=(1, 2, 256, 2))
+SMALL = dict(LENGTHS=(16, 64), LONG_SHAPE=(1, 2, 256, 2), ROUTE_SHAPES=((1, 4, 4, 1, 2),))
 
 
 @pytest.fixture(autouse=True)

@@ -60,6 +60,7 @@ def run_ops(options: argparse.Namespace, device: torch.device) -> dict[str, list
     dtypes = [DTYPES[name] for name in options.dtype]
     report = {
         "selective_scan": benchmark_ops.speed(device, dtypes, names, options.shape or benchmark_ops.SCAN_SHAPES),
+        "fused scan along routes": benchmark_ops.routes(device, benchmark_ops.ROUTE_SHAPES),
         "time against length": benchmark_ops.growth(device, names[0]),
         "memory beyond the inputs, forward + backward": benchmark_ops.memory(
             device, [name for name in names if name != "reference"], options.threads, benchmark_ops.LONG_SHAPE

@@ -14,6 +14,7 @@ import torch
 from measuring import Times, peak_memory, take_turns
 
 import vssm.ops
+from vssm.layers.routes import CrossRoutes
 from vssm.ops import backends
 
 # What runs on the device by itself is called native here: the CPU library, or Triton.
@@ -26,6 +27,15 @@ PASSES = ("forward", "forward + backward")
 # (B, D, L, N): stages of VMamba-T (four routes as channels) and Vim-S, a U-Mamba bottleneck, a whole volume.
 SCAN_SHAPES = ((1, 384, 3136, 16), (4, 384, 3136, 1), (8, 768, 197, 16), (1, 64, 65536, 16))
 LONG_SHAPE = (1, 64, 262144, 16)
+# B, side of the map, D, N, rank of dt: stages of VMamba's backbones, and two with the 16 states of the others.
+ROUTE_SHAPES = (
+    (4, 56, 192, 1, 6),
+    (4, 28, 192, 1, 12),
+    (4, 14, 384, 1, 24),
+    (4, 7, 768, 1, 48),
+    (4, 28, 192, 16, 12),
+    (4, 56, 192, 16, 6),
+)
 LENGTHS = (256, 1024, 4096, 16384, 65536)
 
 
@@ -92,6 +102,54 @@ def speed(device: torch.device, dtypes: list[torch.dtype], names: list[str], sha
             for what in PASSES:
                 calls = {n: scan_call(n, sizes, dtype, device.type, what != "forward") for n in names}
                 rows.append(_row(sizes, dtype, what, take_turns(calls, device)))
+    return rows
+
+
+def scan_sequences(x, dt_b_c, dt_weight, A, D, delta_bias):
+    """Copies the map (B, D, H, W) to four sequences, scans them as one and adds up; dt_b_c is (B, 4, R + 2N, L)."""
+    walk, states = CrossRoutes(), A.shape[2]
+    sequences = walk.scatter(x)
+    dt, b, c = dt_b_c.split((dt_weight.shape[2], states, states), dim=2)
+    delta = (dt_weight @ dt).flatten(1, 2)
+    parameters = D.flatten(), None, delta_bias.flatten(), True
+    y = vssm.ops.selective_scan(sequences.flatten(1, 2), delta, A.flatten(0, 1), b, c, *parameters)
+    return walk.gather(y.view(sequences.shape), x.shape[2:])
+
+
+def routes(device: torch.device, shapes: Any) -> list[dict[str, Any]]:
+    """Rows of the fused scan along the cross-scan's four routes against four sequences made, scanned and added up."""
+    rows = []
+    for batch, side, channels, states, rank in shapes:
+        rng = torch.Generator().manual_seed(0)
+
+        def normal(*sizes: int, rng: torch.Generator = rng) -> torch.Tensor:
+            return torch.randn(*sizes, generator=rng).to(device).requires_grad_()
+
+        order = CrossRoutes().table((side, side), device)
+        A = (-torch.rand(4, channels, states, generator=rng) - 0.5).to(device).requires_grad_()
+        parameters = normal(4, channels, rank), A, normal(4, channels), normal(4, channels)
+        maps = normal(batch, channels, side, side), normal(batch, 4, rank + 2 * states, side * side), *parameters
+        last = normal(batch, side * side, channels), normal(batch, side * side, 4, rank + 2 * states), *parameters
+
+        def fused(*inputs: torch.Tensor, order: torch.Tensor = order) -> torch.Tensor:
+            return vssm.ops.cross_selective_scan(*inputs[:4], order, *inputs[4:])
+
+        for what in PASSES:
+
+            def call(function: Callable, inputs: tuple, backward: bool = what != "forward") -> Callable[[], None]:
+                def run() -> None:
+                    with torch.set_grad_enabled(backward):
+                        y = function(*inputs)
+                        if backward:
+                            torch.autograd.grad(y, inputs, torch.ones_like(y))
+
+                return run
+
+            times = take_turns({"routes": call(fused, last), "sequences": call(scan_sequences, maps)}, device)
+            row = {"B, side, D, N, R": f"{batch}, {side}, {channels}, {states}, {rank}", "pass": what}
+            row |= {f"{name} ms": time for name, time in times.items()}
+            ratio = times["sequences"].median / times["routes"].median
+            rows.append(row | {"sequences / routes": f"{ratio:.2f}"})
     return rows
 
 

@@ -179,6 +179,12 @@ def test_tables_are_made_once_for_each_size_and_routes_copy_and_compare():
     assert CurveRoutes("hilbert") != CurveRoutes("zorder") and WindowRoutes(2) != WindowRoutes(3)
 
 
+def test_a_table_made_in_inference_serves_training():
+    with torch.inference_mode():
+        table = CrossRoutes().table((3, 17))
+    assert not table.is_inference() and CrossRoutes().table((3, 17)) is table
+
+
 @pytest.mark.parametrize("routes", [SpiralRoutes(), CurveRoutes("hilbert", 4)], ids=str)
 def test_scattering_and_gathering_compile_and_export_without_the_curve_in_the_graph(routes):
     class RoundTrip(torch.nn.Module):

@@ -35,13 +35,18 @@ def scan_of_one_sequence(layer: RouteScan, k: int, x: torch.Tensor) -> torch.Ten
 
 
 @pytest.mark.parametrize(("d_state", "dt_rank"), [(1, 1), (4, 3)])
-def test_every_route_is_scanned_with_its_own_weights(d_state, dt_rank):
+@pytest.mark.parametrize("separate", [False, True], ids=["shared", "separate"])
+def test_every_route_is_scanned_with_its_own_weights(d_state, dt_rank, separate):
     layer = randomised(RouteScan(5, 3, d_state, dt_rank))
-    x = torch.randn(2, 3, 5, 7, dtype=torch.float64)
-    got = layer(x)
+    x = torch.randn(2, 7, 3, 5, dtype=torch.float64)
+    order = torch.stack([torch.randperm(7) for _ in range(3)])
+    got = layer(x if separate else x[:, :, 0], order.int())
+    want = torch.zeros_like(x)
     for item in range(2):
         for k in range(3):
-            torch.testing.assert_close(got[item, k], scan_of_one_sequence(layer, k, x[item, k]))
+            walk = x[item, order[k], k if separate else 0]
+            want[item, order[k], k] = scan_of_one_sequence(layer, k, walk.T).T
+    torch.testing.assert_close(got, want if separate else want.sum(2))
 
 
 @pytest.mark.parametrize("gate", [False, True])

@@ -15,6 +15,8 @@ from tolerances import assert_close
 from vssm.ops import native
 from vssm.ops.causal_conv1d import cpu as conv
 from vssm.ops.causal_conv1d.reference import causal_conv1d_reference
+from vssm.ops.cross_selective_scan import cpu as cross
+from vssm.ops.cross_selective_scan.reference import cross_selective_scan_reference
 from vssm.ops.selective_scan import cpu as scan
 from vssm.ops.selective_scan.reference import selective_scan_reference
 
@@ -180,3 +182,62 @@ def test_without_the_library_vssm_imports_says_why_and_computes():
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("[[[1.0, 2.0, 2.0]]] VSSM_NATIVE_LIB=/nowhere/libvssm_cpu.so is not a file")
+
+
+def cross_inputs(batch=2, positions=45, channels=40, routes=3, states=1, rank=5, separate=False):
+    """x, dt_b_c, dt_weight, A, order, D, delta_bias and the gradient of the output."""
+    rng = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=rng)
+
+    x, grad_y = (normal(batch, positions, *([routes] if separate else []), channels) for _ in range(2))
+    order = torch.stack([torch.randperm(positions + 2, generator=rng) for _ in range(routes)])
+    order = torch.where(order < positions, order, -1).int()
+    dt_b_c, weight = normal(batch, positions, routes, rank + 2 * states), normal(routes, channels, rank)
+    A, D, bias = -normal(routes, channels, states).exp(), normal(routes, channels), normal(routes, channels)
+    return [x, dt_b_c, weight, A, order, D, bias], grad_y
+
+
+def run_cross(inputs, grad_y):
+    y, chunk_states = cross.forward(*inputs, True)
+    return y, chunk_states, *cross.backward(grad_y, *inputs, chunk_states, True)
+
+
+CROSS_SHAPES = [{}, {"states": 16, "separate": True}, {"states": 5, "channels": 131, "rank": 17}]
+
+
+def test_every_instruction_set_scans_routes_like_the_definition(instruction_sets):
+    for shape in CROSS_SHAPES:
+        inputs, grad_y = cross_inputs(**shape)
+        double = [x if x.dtype == torch.int32 else x.double().requires_grad_() for x in inputs]
+        y = cross_selective_scan_reference(*double, True)
+        want = y, *torch.autograd.grad(y, [x for x in double if x.requires_grad], grad_y.double())
+        for level in instruction_sets():
+            y, _, *grads = run_cross(inputs, grad_y)
+            for index, (got, wanted) in enumerate(zip((y, *grads), want, strict=True)):
+                assert_close(got, wanted, torch.float32, f"{level}, {shape}, result {index}")
+
+
+@pytest.mark.parametrize("shape", CROSS_SHAPES, ids=str)
+def test_results_of_routes_depend_neither_on_threads_nor_on_the_batch(native_cpu, with_threads, shape):
+    inputs, grad_y = cross_inputs(**shape)
+    with_threads(1)
+    want = run_cross(inputs, grad_y)
+    for threads in (2, 3, 7):
+        with_threads(threads)
+        for index, got in enumerate(run_cross(inputs, grad_y)):
+            assert torch.equal(got, want[index]), (threads, index)
+    alone = run_cross([x[1:2] if i < 2 else x for i, x in enumerate(inputs)], grad_y[1:2])
+    for index in range(4):
+        assert torch.equal(alone[index], want[index][1:2]), index
+
+
+def test_table_values_that_are_no_position_are_padding(native_cpu):
+    inputs, grad_y = cross_inputs()
+    want = run_cross(inputs, grad_y)
+    order = inputs[4]
+    wild = torch.tensor([-(2**31), 2**31 - 1, 45], dtype=torch.int32).repeat(order.shape[1])[: order.shape[1]]
+    inputs[4] = torch.where(order < 0, wild, order)
+    for got, wanted in zip(run_cross(inputs, grad_y), want, strict=True):
+        assert torch.equal(got, wanted)

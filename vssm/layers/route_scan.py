@@ -1,18 +1,19 @@
 """Selective scan along several routes at once, each route with weights of its own.
 
-Letters: B batch, D channels of the map, K routes, L sequence length, N states, R rank of the step projection.
+Letters: B batch, P positions of a map or volume, D its channels, K routes, L steps, N states, R rank of dt.
 """
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import selective_scan
+from ..ops import cross_selective_scan
 
 
 class RouteScan(nn.Module):
-    """Input-dependent step, B and C for K routes, then one grouped selective scan (arXiv 2401.10166, section 4).
+    """Input-dependent step, B and C for K routes, then one scan along all of them (arXiv 2401.10166, section 4).
 
     For route k, with the rows of `x_proj_weight[k]` split into R, N and N: (t, B, C) = W_x x, delta = W_dt t + bias,
     dt = softplus(delta), A = -exp(A_logs); the scan adds D x.
@@ -21,8 +22,8 @@ class RouteScan(nn.Module):
     A_logs (K*D, N), Ds (K*D).
 
     Args:
-        d_inner: channels D of every sequence.
-        num_routes: number of sequences K.
+        d_inner: channels D of the map.
+        num_routes: number of routes K.
         d_state: states N per channel.
         dt_rank: rank R of the step projection.
     """
@@ -55,19 +56,28 @@ class RouteScan(nn.Module):
         self.A_logs.copy_(states.log().expand_as(self.A_logs))
         self.Ds.fill_(1.0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Sequences (B, K, D, L) -> scanned sequences of the same shape, in x's dtype (float32 under autocast)."""
-        t, b, c = (self.x_proj_weight @ x).split((self.dt_rank, self.d_state, self.d_state), dim=2)
-        delta = self.dt_projs_weight @ t
+    def forward(self, x: Tensor, order: Tensor) -> Tensor:
+        """Scans along K routes, in x's dtype (float32 under autocast).
+
+        Args:
+            x: inputs of all routes (B, P, D), or of each route (B, P, K, D).
+            order: int32 (K, L), the position that each route visits at each step, -1 for padding.
+
+        Returns:
+            The sum over routes (B, P, D), or the outputs of all (B, P, K, D).
+        """
+        if x.ndim == 4:
+            dt_b_c = torch.einsum("bpkd,krd->bpkr", x, self.x_proj_weight)
+        else:
+            dt_b_c = F.linear(x, self.x_proj_weight.flatten(0, 1)).unflatten(-1, self.x_proj_weight.shape[:2])
         precise = torch.promote_types(self.A_logs.dtype, torch.float32)
-        y = selective_scan(
-            x.flatten(1, 2),
-            delta.flatten(1, 2),
-            -self.A_logs.to(precise).exp(),
-            b,
-            c,
-            self.Ds.to(precise),
-            delta_bias=self.dt_projs_bias.flatten().to(precise),
-            delta_softplus=True,
+        shape = self.dt_projs_bias.shape
+        return cross_selective_scan(
+            x,
+            dt_b_c,
+            self.dt_projs_weight,
+            -self.A_logs.to(precise).exp().view(*shape, self.d_state),
+            order,
+            self.Ds.to(precise).view(shape),
+            self.dt_projs_bias.to(precise),
         )
-        return y.view(x.shape)

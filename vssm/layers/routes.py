@@ -80,7 +80,9 @@ def _tables_of(routes: Routes, size: tuple[int, ...], device: str) -> tuple[Tens
         np.put_along_axis(inverse, order.astype(np.int64), np.arange(order.shape[1], dtype=np.int32)[None], axis=1)
         # Padding went to the last place, as -1 does.
         inverse = np.ascontiguousarray(inverse[:, :positions])
-        made = tuple(torch.from_numpy(array).to(device) for array in (order, inverse))
+        # What inference mode makes could not be saved for a backward pass later on.
+        with torch.inference_mode(False):
+            made = tuple(torch.from_numpy(array).to(device) for array in (order, inverse))
         # The fake tensors of torch.export must not outlive the export.
         if any(type(tensor) is not Tensor for tensor in made):
             return made

@@ -58,10 +58,11 @@ class SS2D(nn.Module):
         x = self.in_proj(x)
         if self.gate:
             x, z = x.chunk(2, dim=-1)
-        x = F.silu(self.conv(x.permute(0, 3, 1, 2)))
-        y = self.routes.gather(self.scan(self.routes.scatter(x)), size)
+        # Channels last all the way: the convolution takes and returns that memory format.
+        x = F.silu(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        y = self.scan(x.flatten(1, 2), self.routes.table(size, x.device)).view(x.shape)
         # Under autocast y is float32 here: the sum over routes can exceed what half precision holds before the norm.
-        y = self.norm(y.permute(0, 2, 3, 1))
+        y = self.norm(y)
         if self.gate:
             y = y * F.silu(z)
         return self.out_proj(y)

@@ -23,6 +23,11 @@ from .pyramid import Pyramid, Stage, build
 EPS = 1e-5
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """The same map (B, C, H, W) with the channels of a pixel side by side in memory, where the norms work on them."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 class ConvStem(nn.Module):
     """Two 3x3 convolutions of stride 2: images (B, in_chans, H, W) -> (B, dim, H/4, W/4), sizes rounded up."""
 
@@ -34,7 +39,7 @@ class ConvStem(nn.Module):
         self.norm2 = LayerNorm2d(dim, eps=EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.norm1(self.conv1(x)))
+        x = F.gelu(self.norm1(self.conv1(channels_last(x))))
         return self.norm2(self.conv2(x))
 
 
@@ -47,7 +52,7 @@ class PatchStem(nn.Module):
         self.norm1 = LayerNorm2d(dim, eps=EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm1(self.conv1(x))
+        return self.norm1(self.conv1(channels_last(x)))
 
 
 class ConvDownsample(nn.Module):

@@ -2,7 +2,15 @@
 
 from .backends import use_portable, use_reference
 from .causal_conv1d import causal_conv1d
+from .cross_selective_scan import cross_selective_scan
 from .selective_scan import selective_scan
 from .shims import install_shims
 
-__all__ = ["causal_conv1d", "install_shims", "selective_scan", "use_portable", "use_reference"]
+__all__ = [
+    "causal_conv1d",
+    "cross_selective_scan",
+    "install_shims",
+    "selective_scan",
+    "use_portable",
+    "use_reference",
+]

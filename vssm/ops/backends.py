@@ -53,11 +53,13 @@ class Backend(NamedTuple):
 def _ops() -> dict[str, tuple]:
     # The ops import this module.
     from .causal_conv1d import op as conv
+    from .cross_selective_scan import op as cross
     from .selective_scan import op as scan
 
     return {
         "selective_scan": (scan.forward_op, scan.backward_op),
         "causal_conv1d": (conv.forward_op, conv.backward_op),
+        "cross_selective_scan": (cross.forward_op, cross.backward_op),
     }
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 # Before the library: it then shares the OpenMP runtime, and so the thread pool, that torch brings.
 import torch
 
-ABI = 1
+ABI = 2
 
 _FILE = {"darwin": "libvssm_cpu.dylib", "win32": "libvssm_cpu.dll"}.get(sys.platform, "libvssm_cpu.so")
 _REINSTALL = "install a C++17 compiler (GCC 11 or newer, or Clang) and reinstall vssm"
@@ -40,6 +40,13 @@ _SIGNATURES = {
     "vssm_causal_conv1d_backward_workspace": (_INT, [], 2),
     # dtype, grad_out, x, weight, bias, silu, dx, dweight, dbias, workspace
     "vssm_causal_conv1d_backward": (None, [_INT, *[_POINTER] * 4, _INT, *[_POINTER] * 4], 5),
+    # dtype, x, dt_b_c, dt_weight, A, order, D, delta_bias, delta_softplus, y, chunk_states, workspace
+    "vssm_cross_scan_forward": (None, [_INT, *[_POINTER] * 7, _INT, *[_POINTER] * 3], 10),
+    "vssm_cross_scan_forward_workspace": (_INT, [_INT], 10),
+    # dtype, grad_y, x, dt_b_c, dt_weight, A, order, D, delta_bias, chunk_states, delta_softplus,
+    # dx, ddt_b_c, ddt_weight, dA, dD, ddelta_bias, workspace
+    "vssm_cross_scan_backward": (None, [_INT, *[_POINTER] * 9, _INT, *[_POINTER] * 7], 10),
+    "vssm_cross_scan_backward_workspace": (_INT, [_INT], 10),
 }
 
 
