@@ -5,6 +5,7 @@
 
 struct ScanSizes {
     int64_t batch, channels, length, states, groups, chunk, num_threads;
+    int64_t window = 1;  // of the locally bi-directional scan; 1 is the selective scan
 };
 
 struct ScanForward {

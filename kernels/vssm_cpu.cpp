@@ -71,6 +71,15 @@ void prefer_huge_pages(void* array, int64_t bytes) {
 
 int64_t bytes_of(int64_t dtype, int64_t count) { return count * (dtype == VSSM_FLOAT32 ? 4 : 2); }
 
+void run_scan_backward(const ScanBackward& call) {
+    const ScanSizes& size = call.size;
+    int64_t steps = size.batch * size.channels * size.length, rows = size.batch * size.groups * size.states;
+    for (void* result : {call.du, call.ddelta, call.dz}) prefer_huge_pages(result, bytes_of(call.dtype, steps));
+    for (void* result : {call.dB, call.dC}) prefer_huge_pages(result, bytes_of(call.dtype, rows * size.length));
+    prefer_huge_pages(call.workspace, 4 * kernels().scan_backward_workspace(size));
+    kernels().scan_backward(call);
+}
+
 }  // namespace
 
 int64_t vssm_abi(void) { return 1; }
@@ -99,12 +108,9 @@ void vssm_selective_scan_backward(int64_t dtype, const void* grad_out, const flo
                                   float* dD, void* dz, float* ddelta_bias, float* workspace, int64_t batch,
                                   int64_t channels, int64_t length, int64_t states, int64_t groups, int64_t chunk,
                                   int64_t num_threads) {
-    ScanSizes size{batch, channels, length, states, groups, chunk, num_threads};
-    for (void* result : {du, ddelta, dz}) prefer_huge_pages(result, bytes_of(dtype, batch * channels * length));
-    for (void* result : {dB, dC}) prefer_huge_pages(result, bytes_of(dtype, batch * groups * states * length));
-    prefer_huge_pages(workspace, 4 * kernels().scan_backward_workspace(size));
-    kernels().scan_backward({dtype, grad_out, grad_last_state, u, delta, A, B, C, D, z, delta_bias, chunk_states,
-                             delta_softplus, du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, workspace, size});
+    run_scan_backward({dtype, grad_out, grad_last_state, u, delta, A, B, C, D, z, delta_bias, chunk_states,
+                       delta_softplus, du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, workspace,
+                       {batch, channels, length, states, groups, chunk, num_threads}});
 }
 
 void vssm_causal_conv1d_forward(int64_t dtype, const void* x, const float* weight, const float* bias, int64_t silu,
@@ -125,4 +131,27 @@ void vssm_causal_conv1d_backward(int64_t dtype, const void* grad_out, const void
     prefer_huge_pages(dx, bytes_of(dtype, batch * channels * length));
     kernels().conv_backward({dtype, grad_out, x, weight, bias, silu, dx, dweight, dbias, workspace,
                              {batch, channels, length, taps, num_threads}});
+}
+
+void vssm_local_bidirectional_scan_forward(int64_t dtype, const void* u, const void* delta, const float* A,
+                                           const void* B, const void* C, const float* D, const void* z,
+                                           const float* delta_bias, int64_t delta_softplus, void* out,
+                                           float* chunk_states, int64_t batch, int64_t channels, int64_t length,
+                                           int64_t states, int64_t groups, int64_t chunk, int64_t window,
+                                           int64_t num_threads) {
+    prefer_huge_pages(out, bytes_of(dtype, batch * channels * length));
+    kernels().scan_forward({dtype, u, delta, A, B, C, D, z, delta_bias, delta_softplus, out, nullptr, chunk_states,
+                            {batch, channels, length, states, groups, chunk, num_threads, window}});
+}
+
+void vssm_local_bidirectional_scan_backward(int64_t dtype, const void* grad_out, const void* u, const void* delta,
+                                            const float* A, const void* B, const void* C, const float* D,
+                                            const void* z, const float* delta_bias, const float* chunk_states,
+                                            int64_t delta_softplus, void* du, void* ddelta, float* dA, void* dB,
+                                            void* dC, float* dD, void* dz, float* ddelta_bias, float* workspace,
+                                            int64_t batch, int64_t channels, int64_t length, int64_t states,
+                                            int64_t groups, int64_t chunk, int64_t window, int64_t num_threads) {
+    run_scan_backward({dtype, grad_out, nullptr, u, delta, A, B, C, D, z, delta_bias, chunk_states, delta_softplus, du,
+                       ddelta, dA, dB, dC, dD, dz, ddelta_bias, workspace,
+                       {batch, channels, length, states, groups, chunk, num_threads, window}});
 }

@@ -19,6 +19,9 @@ enum VssmDtype : int64_t { VSSM_FLOAT32 = 0, VSSM_BFLOAT16 = 1, VSSM_FLOAT16 = 2
 // Largest N that the scan takes.
 constexpr int64_t VSSM_MAX_STATES = 256;
 
+// Largest window of the locally bi-directional scan, whose windows are powers of two.
+constexpr int64_t VSSM_MAX_WINDOW = 16;
+
 // Number of this interface: to be raised with every change of a signature or a meaning in this file.
 VSSM_EXPORT int64_t vssm_abi(void);
 
@@ -94,3 +97,23 @@ VSSM_EXPORT void vssm_causal_conv1d_backward(
     float* dbias,      // result: (D), null without bias
     float* workspace,  // vssm_causal_conv1d_backward_workspace() floats
     int64_t batch, int64_t channels, int64_t length, int64_t taps, int64_t num_threads);
+
+// Locally bi-directional scan; vssm/ops/local_bidirectional_scan/__init__.py holds the equations. Arguments as for the
+// selective scan; its workspace serves this backward as well.
+VSSM_EXPORT void vssm_local_bidirectional_scan_forward(
+    int64_t dtype, const void* u, const void* delta, const float* A, const void* B, const void* C, const float* D,
+    const void* z, const float* delta_bias, int64_t delta_softplus,
+    void* out,            // result: any (B, D, L)
+    float* chunk_states,  // result: (B, D, S, N), the state of the forward recurrence before each chunk
+    int64_t batch, int64_t channels, int64_t length, int64_t states, int64_t groups, int64_t chunk,
+    int64_t window,  // steps, a power of two up to VSSM_MAX_WINDOW
+    int64_t num_threads);
+
+// Gradients of the locally bi-directional scan.
+VSSM_EXPORT void vssm_local_bidirectional_scan_backward(
+    int64_t dtype, const void* grad_out, const void* u, const void* delta, const float* A, const void* B, const void* C,
+    const float* D, const void* z, const float* delta_bias, const float* chunk_states, int64_t delta_softplus, void* du,
+    void* ddelta, float* dA, void* dB, void* dC, float* dD, void* dz, float* ddelta_bias,
+    float* workspace,  // vssm_selective_scan_backward_workspace() floats
+    int64_t batch, int64_t channels, int64_t length, int64_t states, int64_t groups, int64_t chunk, int64_t window,
+    int64_t num_threads);

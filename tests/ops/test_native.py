@@ -15,6 +15,8 @@ from tolerances import assert_close
 from vssm.ops import native
 from vssm.ops.causal_conv1d import cpu as conv
 from vssm.ops.causal_conv1d.reference import causal_conv1d_reference
+from vssm.ops.local_bidirectional_scan import cpu as local_scan
+from vssm.ops.local_bidirectional_scan.reference import local_bidirectional_scan_reference
 from vssm.ops.selective_scan import cpu as scan
 from vssm.ops.selective_scan.reference import selective_scan_reference
 
@@ -96,6 +98,19 @@ def test_every_instruction_set_convolves_like_the_definition(instruction_sets):
         for level in instruction_sets():
             for index, (got, wanted) in enumerate(zip(run_conv(*inputs, grad_out), want, strict=True)):
                 assert_close(got, wanted, torch.float32, f"{level}, {taps} taps, result {index}")
+
+
+def test_every_instruction_set_looks_ahead_like_the_definition(instruction_sets):
+    for window, shape in ((4, {}), (8, {"states": 1, "groups": 4}), (16, {"states": 5, "channels": 3})):
+        inputs, grad_out = scan_inputs(**shape)
+        double = [x.double().requires_grad_() for x in inputs]
+        out = local_bidirectional_scan_reference(*double, True, window)
+        want = out, *torch.autograd.grad(out, double, grad_out.double())
+        for level in instruction_sets():
+            got, chunk_states = local_scan.forward(*inputs, True, window)
+            gradients = local_scan.backward(grad_out, *inputs, chunk_states, True, window)
+            for index, (result, wanted) in enumerate(zip((got, *gradients), want, strict=True)):
+                assert_close(result, wanted, torch.float32, f"{level}, window {window}, result {index}")
 
 
 @pytest.mark.parametrize("payload", [0x7FC00000, 0x7FFFFFFF, -1], ids=hex)

@@ -2,6 +2,7 @@
 
 from .backends import use_portable, use_reference
 from .causal_conv1d import causal_conv1d
+from .local_bidirectional_scan import local_bidirectional_scan
 from .selective_scan import selective_scan
 
-__all__ = ["causal_conv1d", "selective_scan", "use_portable", "use_reference"]
+__all__ = ["causal_conv1d", "local_bidirectional_scan", "selective_scan", "use_portable", "use_reference"]

@@ -53,11 +53,13 @@ class Backend(NamedTuple):
 def _ops() -> dict[str, tuple]:
     # The ops import this module.
     from .causal_conv1d import op as conv
+    from .local_bidirectional_scan import op as local_scan
     from .selective_scan import op as scan
 
     return {
         "selective_scan": (scan.forward_op, scan.backward_op),
         "causal_conv1d": (conv.forward_op, conv.backward_op),
+        "local_bidirectional_scan": (local_scan.forward_op, local_scan.backward_op),
     }
 
 

@@ -23,6 +23,8 @@ _REINSTALL = "install a C++17 compiler (GCC 11 or newer, or Clang) and reinstall
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # VSSM_MAX_STATES in kernels/vssm_cpu.h.
 MAX_STATES = 256
+# VSSM_MAX_WINDOW in kernels/vssm_cpu.h.
+MAX_WINDOW = 16
 
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
 # Name -> (result, pointer and flag arguments in the order of kernels/vssm_cpu.h, number of sizes that follow).
@@ -40,6 +42,11 @@ _SIGNATURES = {
     "vssm_causal_conv1d_backward_workspace": (_INT, [], 2),
     # dtype, grad_out, x, weight, bias, silu, dx, dweight, dbias, workspace
     "vssm_causal_conv1d_backward": (None, [_INT, *[_POINTER] * 4, _INT, *[_POINTER] * 4], 5),
+    # dtype, u, delta, A, B, C, D, z, delta_bias, delta_softplus, out, chunk_states
+    "vssm_local_bidirectional_scan_forward": (None, [_INT, *[_POINTER] * 8, _INT, *[_POINTER] * 2], 8),
+    # dtype, grad_out, u, delta, A, B, C, D, z, delta_bias, chunk_states, delta_softplus,
+    # du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, workspace
+    "vssm_local_bidirectional_scan_backward": (None, [_INT, *[_POINTER] * 10, _INT, *[_POINTER] * 9], 8),
 }
 
 
