@@ -65,6 +65,42 @@ struct ConvBackward {
     ConvSizes size;
 };
 
+struct SsdSizes {
+    int64_t batch, length, heads, width, groups, states, num_threads;
+};
+
+struct SsdForward {
+    int64_t dtype;
+    const void* x;
+    const float *dt, *decay;
+    const void *B, *C;
+    const float* D;
+    const void* z;
+    const float* initial_states;
+    void* out;
+    float* final_states;
+    SsdSizes size;
+};
+
+struct SsdBackward {
+    int64_t dtype;
+    const void* grad_out;
+    const float* grad_final_states;
+    const void* x;
+    const float *dt, *decay;
+    const void *B, *C;
+    const float* D;
+    const void* z;
+    const float* initial_states;
+    void* dx;
+    float *ddt, *dlog_decay;
+    void *dB, *dC;
+    float* dD;
+    void* dz;
+    float *dinitial_states, *workspace;
+    SsdSizes size;
+};
+
 struct Kernels {
     const char* level;
     void (*scan_forward)(const ScanForward&);
@@ -73,4 +109,7 @@ struct Kernels {
     void (*conv_forward)(const ConvForward&);
     int64_t (*conv_backward_workspace)(const ConvSizes&);
     void (*conv_backward)(const ConvBackward&);
+    void (*ssd_forward)(const SsdForward&);
+    int64_t (*ssd_backward_workspace)(const SsdSizes&);
+    void (*ssd_backward)(const SsdBackward&);
 };

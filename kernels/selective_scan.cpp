@@ -3,7 +3,7 @@
 // which adds a walk back over each window; vssm/ops/local_bidirectional_scan/portable.py derives its adjoint.
 //
 // Letters: B batch, D channels, L steps, N states, G groups of B and C, T steps per chunk.
-#include "simd.h"
+#include "arena.h"
 
 namespace VSSM_LEVEL {
 namespace {
@@ -159,19 +159,6 @@ constexpr int64_t TILE = 16, MAX_SLICE = 64, MAX_BLOCKS = MAX_SLICE / W;
 // Channels of a slice: many save work and memory, few give small models enough jobs.
 int64_t slice_channels(const ScanSizes& size) { return group_channels(size) > 128 ? MAX_SLICE : 32; }
 int64_t slices(const ScanSizes& size) { return divide_up(group_channels(size), slice_channels(size)); }
-
-// Hands out parts of the caller's workspace; without a start it only counts.
-struct Arena {
-    float* start;
-    int64_t used = 0;
-
-    float* floats(int64_t count) {
-        float* part = start ? start + used : nullptr;
-        used += divide_up(count, 16) * 16;
-        return part;
-    }
-    vf* vectors(int64_t count) { return (vf*)floats(count * W); }
-};
 
 // Sums that jobs leave for the final addition.
 struct Partial {

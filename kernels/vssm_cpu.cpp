@@ -17,11 +17,15 @@
     void conv_forward(const ConvForward&);                \
     int64_t conv_backward_workspace(const ConvSizes&);    \
     void conv_backward(const ConvBackward&);              \
+    void ssd_forward(const SsdForward&);                  \
+    int64_t ssd_backward_workspace(const SsdSizes&);      \
+    void ssd_backward(const SsdBackward&);                \
     }
 #define VSSM_KERNELS(NAME, LEVEL)                                                               \
     Kernels {                                                                                   \
         NAME, LEVEL::scan_forward, LEVEL::scan_backward_workspace, LEVEL::scan_backward,        \
-            LEVEL::conv_forward, LEVEL::conv_backward_workspace, LEVEL::conv_backward           \
+            LEVEL::conv_forward, LEVEL::conv_backward_workspace, LEVEL::conv_backward,          \
+            LEVEL::ssd_forward, LEVEL::ssd_backward_workspace, LEVEL::ssd_backward              \
     }
 
 #if defined(VSSM_X86_LEVELS)
@@ -154,4 +158,31 @@ void vssm_local_bidirectional_scan_backward(int64_t dtype, const void* grad_out,
     run_scan_backward({dtype, grad_out, nullptr, u, delta, A, B, C, D, z, delta_bias, chunk_states, delta_softplus, du,
                        ddelta, dA, dB, dC, dD, dz, ddelta_bias, workspace,
                        {batch, channels, length, states, groups, chunk, num_threads, window}});
+}
+
+void vssm_ssd_forward(int64_t dtype, const void* x, const float* dt, const float* decay, const void* B, const void* C,
+                      const float* D, const void* z, const float* initial_states, void* out, float* final_states,
+                      int64_t batch, int64_t length, int64_t heads, int64_t width, int64_t groups, int64_t states,
+                      int64_t num_threads) {
+    prefer_huge_pages(out, bytes_of(dtype, batch * length * heads * width));
+    kernels().ssd_forward({dtype, x, dt, decay, B, C, D, z, initial_states, out, final_states,
+                           {batch, length, heads, width, groups, states, num_threads}});
+}
+
+int64_t vssm_ssd_backward_workspace(int64_t batch, int64_t length, int64_t heads, int64_t width, int64_t groups,
+                                    int64_t states, int64_t num_threads) {
+    return kernels().ssd_backward_workspace({batch, length, heads, width, groups, states, num_threads});
+}
+
+void vssm_ssd_backward(int64_t dtype, const void* grad_out, const float* grad_final_states, const void* x,
+                       const float* dt, const float* decay, const void* B, const void* C, const float* D,
+                       const void* z, const float* initial_states, void* dx, float* ddt, float* dlog_decay, void* dB,
+                       void* dC, float* dD, void* dz, float* dinitial_states, float* workspace, int64_t batch,
+                       int64_t length, int64_t heads, int64_t width, int64_t groups, int64_t states,
+                       int64_t num_threads) {
+    SsdSizes size{batch, length, heads, width, groups, states, num_threads};
+    for (void* result : {dx, dz}) prefer_huge_pages(result, bytes_of(dtype, batch * length * heads * width));
+    prefer_huge_pages(workspace, 4 * kernels().ssd_backward_workspace(size));
+    kernels().ssd_backward({dtype, grad_out, grad_final_states, x, dt, decay, B, C, D, z, initial_states, dx, ddt,
+                            dlog_decay, dB, dC, dD, dz, dinitial_states, workspace, size});
 }

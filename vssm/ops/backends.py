@@ -55,11 +55,13 @@ def _ops() -> dict[str, tuple]:
     from .causal_conv1d import op as conv
     from .local_bidirectional_scan import op as local_scan
     from .selective_scan import op as scan
+    from .ssd import op as ssd
 
     return {
         "selective_scan": (scan.forward_op, scan.backward_op),
         "causal_conv1d": (conv.forward_op, conv.backward_op),
         "local_bidirectional_scan": (local_scan.forward_op, local_scan.backward_op),
+        "ssd": (ssd.forward_op, ssd.backward_op),
     }
 
 

@@ -47,6 +47,12 @@ _SIGNATURES = {
     # dtype, grad_out, u, delta, A, B, C, D, z, delta_bias, chunk_states, delta_softplus,
     # du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, workspace
     "vssm_local_bidirectional_scan_backward": (None, [_INT, *[_POINTER] * 10, _INT, *[_POINTER] * 9], 8),
+    # dtype, x, dt, decay, B, C, D, z, initial_states, out, final_states
+    "vssm_ssd_forward": (None, [_INT, *[_POINTER] * 10], 7),
+    "vssm_ssd_backward_workspace": (_INT, [], 7),
+    # dtype, grad_out, grad_final_states, x, dt, decay, B, C, D, z, initial_states,
+    # dx, ddt, dlog_decay, dB, dC, dD, dz, dinitial_states, workspace
+    "vssm_ssd_backward": (None, [_INT, *[_POINTER] * 19], 7),
 }
 
 

@@ -25,7 +25,7 @@ def local_bidirectional_scan(
     delta_softplus: bool = False,
     window: int | None = None,
 ) -> Tensor:
-    """Selective scan that also looks ahead within short windows (LBMamba, arXiv 2506.15976, section 3).
+    """Selective scan that also looks ahead within short windows (LBMamba, arXiv 2506.15976).
 
     With dt as in `selective_scan`, a[t] = exp(dt[t] * A[d, n]) and x[t] = dt[t] * B[n, t] * u[t],
         h[t] = a[t] * h[t-1] + x[t],                      h[-1] = 0,
