@@ -3,7 +3,16 @@
 from .backends import use_portable, use_reference
 from .causal_conv1d import causal_conv1d
 from .local_bidirectional_scan import local_bidirectional_scan
+from .nc_ssd import nc_ssd
 from .selective_scan import selective_scan
 from .ssd import ssd
 
-__all__ = ["causal_conv1d", "local_bidirectional_scan", "selective_scan", "ssd", "use_portable", "use_reference"]
+__all__ = [
+    "causal_conv1d",
+    "local_bidirectional_scan",
+    "nc_ssd",
+    "selective_scan",
+    "ssd",
+    "use_portable",
+    "use_reference",
+]

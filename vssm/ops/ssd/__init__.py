@@ -75,7 +75,8 @@ def ssd(
     autocast = isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type)
     tensors = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
     tensors["initial_states"] = initial_states
-    _check(tensors, chunk_size, dt_limit, same_dtype=not autocast)
+    check_arguments("ssd", tensors, same_dtype=not autocast)
+    _check_settings(chunk_size, dt_limit)
     settings = (dt_softplus, float(dt_limit[0]), float(dt_limit[1]))
     inputs = (x, dt, A, B, C, D, z, dt_bias, initial_states)
     if backends.reference_in_use():
@@ -86,8 +87,8 @@ def ssd(
     return (out, final_states) if return_final_states else out
 
 
-def _check(tensors: dict[str, Tensor | None], chunk_size: int, dt_limit, same_dtype: bool) -> None:
-    name = "ssd"
+def check_arguments(name: str, tensors: dict[str, Tensor | None], same_dtype: bool) -> None:
+    """Raises ValueError unless the tensors of the function `name`, some or all of those of `ssd`, fit together."""
     tensors = {key: t for key, t in tensors.items() if t is not None or key in ("x", "dt", "A", "B", "C")}
     x = tensors["x"]
     for key, tensor in tensors.items():
@@ -132,8 +133,10 @@ def _check(tensors: dict[str, Tensor | None], chunk_size: int, dt_limit, same_dt
             both = key == "dt" and x.dtype != parameter
             check_dtype(name, key, tensor, (x.dtype, parameter) if both else (x.dtype,), "like x")
 
+
+def _check_settings(chunk_size: int, dt_limit: tuple[float, float]) -> None:
     if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
-        raise ValueError(f"{name}: chunk_size is {chunk_size!r}; it must be a whole number of steps, at least 1")
+        raise ValueError(f"ssd: chunk_size is {chunk_size!r}; it must be a whole number of steps, at least 1")
     limits = tuple(dt_limit) if isinstance(dt_limit, (tuple, list)) else ()
     if len(limits) != 2 or not limits[0] <= limits[1]:
-        raise ValueError(f"{name}: dt_limit is {dt_limit!r}; it must be (smallest, largest) step size")
+        raise ValueError(f"ssd: dt_limit is {dt_limit!r}; it must be (smallest, largest) step size")

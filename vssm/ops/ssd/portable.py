@@ -139,7 +139,7 @@ def _by_step(t: Tensor) -> Tensor:
     return t.permute(0, 3, 1, 2, 4)
 
 
-def _skip(D: Tensor, dtype: torch.dtype) -> Tensor:
+def skip_factor(D: Tensor, dtype: torch.dtype) -> Tensor:
     """D as a factor of (B, L, H, P)."""
     return (D if D.ndim == 2 else D[:, None]).to(dtype)
 
@@ -165,7 +165,7 @@ def ssd_forward(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_m
         parts.append(_by_step(within) + _per_step(c.from_start[slab]) * c.spread(c.C[slab], states[slab]))
     y = c.join(torch.cat(parts).flatten(2, 3))
     if D is not None:
-        y = y + x.to(c.dtype) * _skip(D, c.dtype)
+        y = y + x.to(c.dtype) * skip_factor(D, c.dtype)
     if z is not None:
         y = y * silu(z.to(c.dtype))
     return y.to(x.dtype).contiguous(), c.from_states(final)
@@ -235,11 +235,11 @@ def ssd_backward(
     dx, y = (None if t is None else c.join(t.flatten(2, 3)) for t in (dx, y))
     wide = x.to(c.dtype)
     if D is not None:
-        dx = dx + y_grad * _skip(D, c.dtype)
+        dx = dx + y_grad * skip_factor(D, c.dtype)
     ddt = step_size_gradients(ddt, dt, dt_bias, dt_softplus, dt_min, dt_max)
     dz = x.new_empty((0,))
     if gate is not None:
-        out = y if D is None else y + wide * _skip(D, c.dtype)
+        out = y if D is None else y + wide * skip_factor(D, c.dtype)
         sigmoid = torch.sigmoid(gate)
         dz = (g * out * sigmoid * (1 + gate * (1 - sigmoid))).to(z.dtype)
     dD = A.new_empty((0,))
