@@ -2,6 +2,7 @@
 
 from .backends import use_portable, use_reference
 from .causal_conv1d import causal_conv1d
+from .flops import fvcore_handles
 from .local_bidirectional_scan import local_bidirectional_scan
 from .nc_ssd import nc_ssd
 from .selective_scan import selective_scan
@@ -9,6 +10,7 @@ from .ssd import ssd
 
 __all__ = [
     "causal_conv1d",
+    "fvcore_handles",
     "local_bidirectional_scan",
     "nc_ssd",
     "selective_scan",

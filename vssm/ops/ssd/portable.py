@@ -24,6 +24,12 @@ _SLAB = {"cpu": 2**20}
 _SLAB_ELSEWHERE = 2**26
 
 
+def chunk_sizes(length: int, chunk_size: int) -> tuple[int, int]:
+    """Number of chunks and steps per chunk, at most `chunk_size` and as even as possible."""
+    count = -(-length // chunk_size)
+    return count, -(-length // count)
+
+
 def step_sizes(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float) -> Tensor:
     """The step sizes of the recurrence (B, L, H) in the dtype of dt."""
     dt = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
@@ -47,8 +53,7 @@ class _Chunks:
         self.batch, self.length, self.heads, self.width = x.shape
         self.groups, self.states = B.shape[2:]
         self.per_group = self.heads // self.groups
-        self.count = -(-self.length // chunk_size)
-        self.steps = -(-self.length // self.count)
+        self.count, self.steps = chunk_sizes(self.length, chunk_size)
         self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         # Apple's GPUs have no float64.
         self.widest = torch.float32 if x.device.type == "mps" else torch.float64
