@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..vmap import register_vmap
 from . import portable
 
 
@@ -63,6 +64,7 @@ def _backward(ctx, grad_out):
 
 
 forward_op.register_autograd(_backward, setup_context=_save)
+register_vmap(forward_op, backward_op, per_item=(0, 1, 3, 4))  # x, dt, B, C
 
 # As for the selective scan: under autocast everything is float32.
 for _device in ("cpu", "cuda"):

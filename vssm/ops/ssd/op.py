@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..vmap import register_vmap
 from . import cpu, portable
 
 
@@ -115,6 +116,7 @@ def _backward(ctx, grad_out, grad_final_states):
 
 
 forward_op.register_autograd(_backward, setup_context=_save)
+register_vmap(forward_op, backward_op, per_item=(0, 1, 3, 4, 6, 8))  # x, dt, B, C, z, initial_states
 
 # As for the selective scan: under autocast everything is float32.
 for _device in ("cpu", "cuda"):
