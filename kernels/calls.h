@@ -5,6 +5,7 @@
 
 struct ScanSizes {
     int64_t batch, channels, length, states, groups, chunk, num_threads;
+    int64_t window = 1;  // of the locally bi-directional scan; 1 is the selective scan
 };
 
 struct ScanForward {
@@ -92,6 +93,42 @@ struct CrossBackward {
     CrossSizes size;
 };
 
+struct SsdSizes {
+    int64_t batch, length, heads, width, groups, states, num_threads;
+};
+
+struct SsdForward {
+    int64_t dtype;
+    const void* x;
+    const float *dt, *decay;
+    const void *B, *C;
+    const float* D;
+    const void* z;
+    const float* initial_states;
+    void* out;
+    float* final_states;
+    SsdSizes size;
+};
+
+struct SsdBackward {
+    int64_t dtype;
+    const void* grad_out;
+    const float* grad_final_states;
+    const void* x;
+    const float *dt, *decay;
+    const void *B, *C;
+    const float* D;
+    const void* z;
+    const float* initial_states;
+    void* dx;
+    float *ddt, *dlog_decay;
+    void *dB, *dC;
+    float* dD;
+    void* dz;
+    float *dinitial_states, *workspace;
+    SsdSizes size;
+};
+
 struct Kernels {
     const char* level;
     void (*scan_forward)(const ScanForward&);
@@ -104,4 +141,7 @@ struct Kernels {
     void (*cross_forward)(const CrossForward&);
     int64_t (*cross_backward_workspace)(int64_t dtype, const CrossSizes&);
     void (*cross_backward)(const CrossBackward&);
+    void (*ssd_forward)(const SsdForward&);
+    int64_t (*ssd_backward_workspace)(const SsdSizes&);
+    void (*ssd_backward)(const SsdBackward&);
 };

@@ -6,7 +6,7 @@
 //
 // Letters: B batch, P positions, D channels, K routes, L steps, N states, R rank of dt, S chunks of T steps.
 #pragma once
-#include "simd.h"
+#include "arena.h"
 
 namespace VSSM_LEVEL {
 namespace {
@@ -28,19 +28,6 @@ int64_t row_length(const CrossSizes& size) { return size.rank + 2 * size.states;
 int64_t row_stride(const CrossSizes& size) { return round_up(row_length(size), W); }
 // Whether rows of float32 arrays serve as they are: whole vectors.
 bool direct(int64_t dtype, const CrossSizes& size) { return dtype == VSSM_FLOAT32 && size.channels % W == 0; }
-
-// Hands out parts of the caller's workspace; without a start it only counts.
-struct Arena {
-    float* start;
-    int64_t used = 0;
-
-    float* floats(int64_t count) {
-        float* part = start ? start + used : nullptr;
-        used += round_up(count, 16);
-        return part;
-    }
-    vf* vectors(int64_t count) { return (vf*)floats(count * W); }
-};
 
 // `channels` channels from `first` on, in `blocks` vectors.
 struct Slice {

@@ -1,8 +1,9 @@
 // Selective scan, forward and backward, vectorised over channels: one vector holds W neighbouring channels, the loop over
-// time is serial and all states of a vector stay in registers or L1.
+// time is serial and all states of a vector stay in registers or L1. With LOCAL it is the locally bi-directional scan,
+// which adds a walk back over each window; vssm/ops/local_bidirectional_scan/portable.py derives its adjoint.
 //
 // Letters: B batch, D channels, L steps, N states, G groups of B and C, T steps per chunk.
-#include "simd.h"
+#include "arena.h"
 
 namespace VSSM_LEVEL {
 namespace {
@@ -74,7 +75,26 @@ struct Block {
 template <int STATES>
 constexpr int64_t capacity = STATES ? STATES : VSSM_MAX_STATES;
 
-template <int STATES>
+// Walks back over one window, the steps begin .. end - 1: visit(s, n, r) takes what step s sees of the steps after it.
+// `decay` is (end - begin, N), row n of B begins at n * stride.
+template <int STATES, class Visit>
+inline void look_ahead(int64_t states, int64_t begin, int64_t end, const vf* decay, const vf* dt, const vf* u,
+                       const float* B, int64_t stride, Visit visit) {
+    const int64_t N = STATES ? STATES : states;
+    vf ahead[capacity<STATES>];
+    for (int64_t n = 0; n < N; n++) ahead[n] = zero();
+    for (int64_t s = end - 1; s >= begin; s--) {
+        vf dtu = dt[s] * u[s];
+#pragma GCC unroll 16
+        for (int64_t n = 0; n < N; n++) {
+            vf r = decay[(s - begin) * N + n] * ahead[n];
+            visit(s, n, r);
+            ahead[n] = r + dtu * B[n * stride + s];
+        }
+    }
+}
+
+template <int STATES, bool LOCAL>
 void forward_block(const Block<ScanForward>& block) {
     const ScanForward& call = block.call;
     const ScanSizes& size = call.size;
@@ -85,6 +105,7 @@ void forward_block(const Block<ScanForward>& block) {
     vf A[capacity<STATES>], h[capacity<STATES>], saved[capacity<STATES>];
     float B[capacity<STATES> * WIDTH], C[capacity<STATES> * WIDTH];
     vf u[WIDTH], dt[WIDTH], slope[WIDTH], y[WIDTH], z[WIDTH];
+    vf decay[LOCAL ? VSSM_MAX_WINDOW * capacity<STATES> : 1];  // of the steps of a window
     block.load_states(call.A + block.channel * N, N, A, LOG2_E);
     vf D = block.load_channels(call.D), bias = block.load_channels(call.delta_bias);
     for (int64_t n = 0; n < N; n++) h[n] = zero();
@@ -102,10 +123,17 @@ void forward_block(const Block<ScanForward>& block) {
                 vf dtu = dt[s] * u[s], sum = D * u[s];
 #pragma GCC unroll 16
                 for (int64_t n = 0; n < N; n++) {
-                    h[n] = exp2(dt[s] * A[n]) * h[n] + dtu * B[n * WIDTH + s];
+                    vf a = exp2(dt[s] * A[n]);
+                    h[n] = a * h[n] + dtu * B[n * WIDTH + s];
                     sum += C[n * WIDTH + s] * h[n];
+                    if constexpr (LOCAL) decay[s % size.window * N + n] = a;
                 }
                 y[s] = sum;
+                if constexpr (LOCAL) {
+                    if ((s + 1) % size.window == 0 || s + 1 == steps)
+                        look_ahead<STATES>(N, s / size.window * size.window, s + 1, decay, dt, u, B, WIDTH,
+                                           [&](int64_t i, int64_t n, vf r) { y[i] += C[n * WIDTH + i] * r; });
+                }
             }
             if (call.z) {
                 block.load(call.z, t, steps, steps, z);
@@ -114,6 +142,7 @@ void forward_block(const Block<ScanForward>& block) {
             block.store(call.out, t, steps, y);
         }
     }
+    if (!call.last_state) return;
     for (int64_t n = 0; n < N; n++) saved[n] = h[n];
     block.store_states(call.last_state + block.states_at(), N, saved);
 }
@@ -130,19 +159,6 @@ constexpr int64_t TILE = 16, MAX_SLICE = 64, MAX_BLOCKS = MAX_SLICE / W;
 // Channels of a slice: many save work and memory, few give small models enough jobs.
 int64_t slice_channels(const ScanSizes& size) { return group_channels(size) > 128 ? MAX_SLICE : 32; }
 int64_t slices(const ScanSizes& size) { return divide_up(group_channels(size), slice_channels(size)); }
-
-// Hands out parts of the caller's workspace; without a start it only counts.
-struct Arena {
-    float* start;
-    int64_t used = 0;
-
-    float* floats(int64_t count) {
-        float* part = start ? start + used : nullptr;
-        used += divide_up(count, 16) * 16;
-        return part;
-    }
-    vf* vectors(int64_t count) { return (vf*)floats(count * W); }
-};
 
 // Sums that jobs leave for the final addition.
 struct Partial {
@@ -190,7 +206,7 @@ void sum_channels(const vf* x, int64_t states, int64_t length, int64_t t, int64_
 }
 
 // The walk of the vector of channels number `index` of a slice over the chunk of `steps` steps from t on.
-template <int STATES>
+template <int STATES, bool LOCAL>
 void backward_block(const Block<ScanBackward>& block, const Scratch& scratch, int64_t index, int64_t t, int64_t steps,
                     float* dB, float* dC, vf& dD_sum, vf& ddelta_bias_sum) {
     const ScanBackward& call = block.call;
@@ -214,11 +230,24 @@ void backward_block(const Block<ScanBackward>& block, const Scratch& scratch, in
         }
     }
 
+    // With LOCAL dC_terms holds r, dB_terms its adjoint mu and local_decay by_decay until the walk back needs them.
+    const int64_t window = call.size.window;
+    vf local_decay[TILE];
+    auto look_ahead_tile = [&](int64_t begin, int64_t end) {
+        for (int64_t s = begin; s < end; s += window)
+            look_ahead<STATES>(N, s, min(s + window, end), decay + s * N, dt, u, B, T,
+                               [&](int64_t i, int64_t n, vf r) { dC_terms[(i - begin) * N + n] = r; });
+    };
+
     if (call.z) {
         block.load(call.z, t, steps, -T, z);
         for (int64_t s = 0; s < steps; s++) {
             vf y = D * u[s], gate = sigmoid(z[s]), grad_out = g[s];
             for (int64_t n = 0; n < N; n++) y += C[n * T + s] * h[(s + 1) * N + n];
+            if constexpr (LOCAL) {
+                if (s % TILE == 0) look_ahead_tile(s, min(s + TILE, steps));
+                for (int64_t n = 0; n < N; n++) y += C[n * T + s] * dC_terms[s % TILE * N + n];
+            }
             g[s] *= z[s] * gate;
             z[s] = grad_out * y * gate * (1.f + z[s] * (1.f - gate));
         }
@@ -229,15 +258,34 @@ void backward_block(const Block<ScanBackward>& block, const Scratch& scratch, in
     for (int64_t n = 0; n < N; n++) adjoint[n] = scratch.adjoint[index * N + n], dA[n] = zero();
     for (int64_t tile = (steps - 1) / TILE * TILE; tile >= 0; tile -= TILE) {
         int64_t tile_end = min(tile + TILE, steps);
+        if constexpr (LOCAL) {
+            vf mu[capacity<STATES>];
+            look_ahead_tile(tile, tile_end);
+            for (int64_t s = tile; s < tile_end; s++) {
+                if (s % window == 0)
+                    for (int64_t n = 0; n < N; n++) mu[n] = zero();
+                local_decay[s - tile] = zero();
+#pragma GCC unroll 16
+                for (int64_t n = 0; n < N; n++) {
+                    int64_t i = (s - tile) * N + n;
+                    vf rho = C[n * T + s] * g[s] + mu[n], carried = rho * dC_terms[i];
+                    dB_terms[i] = mu[n];
+                    local_decay[s - tile] += carried * A[n];
+                    dA[n] += carried * dt[s];
+                    mu[n] = decay[s * N + n] * rho;
+                }
+            }
+        }
         for (int64_t s = tile_end - 1; s >= tile; s--) {
-            vf dtu = dt[s] * u[s], by_input = zero(), by_decay = zero();
+            vf dtu = dt[s] * u[s], by_input = zero(), by_decay = LOCAL ? local_decay[s - tile] : zero();
 #pragma GCC unroll 16
             for (int64_t n = 0; n < N; n++) {
-                int64_t i = s * N + n;
+                int64_t i = s * N + n, in_tile = i - tile * N;
                 vf lambda = C[n * T + s] * g[s] + adjoint[n];
-                dC_terms[i - tile * N] = g[s] * h[i + N];
-                dB_terms[i - tile * N] = dtu * lambda;
-                by_input += lambda * B[n * T + s];
+                vf of_input = LOCAL ? lambda + dB_terms[in_tile] : lambda;
+                dC_terms[in_tile] = g[s] * (LOCAL ? h[i + N] + dC_terms[in_tile] : h[i + N]);
+                dB_terms[in_tile] = dtu * of_input;
+                by_input += of_input * B[n * T + s];
                 adjoint[n] = decay[i] * lambda;
                 // lambda * decay * h[t-1]: the same as lambda * (h[t] - dt * B * u), without the cancellation.
                 vf carried = adjoint[n] * h[i];
@@ -260,7 +308,7 @@ void backward_block(const Block<ScanBackward>& block, const Scratch& scratch, in
     for (int64_t n = 0; n < N; n++) scratch.adjoint[index * N + n] = adjoint[n], scratch.dA[index * N + n] += dA[n];
 }
 
-template <int STATES>
+template <int STATES, bool LOCAL>
 void backward_slice(const ScanBackward& call, const Partial& partial, const Scratch& scratch, int64_t job) {
     const ScanSizes& size = call.size;
     const int64_t N = STATES ? STATES : size.states;
@@ -285,8 +333,8 @@ void backward_slice(const ScanBackward& call, const Partial& partial, const Scra
         block(0).load_rows(call.B, t, steps, size.chunk, scratch.B);
         block(0).load_rows(call.C, t, steps, size.chunk, scratch.C);
         for (int64_t i = 0; i < blocks; i++)
-            backward_block<STATES>(block(i), scratch, i, t, steps, partial.dB + job * N * size.length,
-                                   partial.dC + job * N * size.length, dD[i], ddelta_bias[i]);
+            backward_block<STATES, LOCAL>(block(i), scratch, i, t, steps, partial.dB + job * N * size.length,
+                                          partial.dC + job * N * size.length, dD[i], ddelta_bias[i]);
     }
     for (int64_t i = 0; i < blocks; i++) {
         block(i).store_states(partial.dA + block(i).states_at(), N, scratch.dA + i * N);
@@ -308,6 +356,20 @@ void add_terms(const float* terms, int64_t count, int64_t stride, int64_t length
     }
 }
 
+template <bool LOCAL>
+void forward_any(const Block<ScanForward>& block) {
+    int64_t N = block.call.size.states;
+    N == 1 ? forward_block<1, LOCAL>(block) : N == 16 ? forward_block<16, LOCAL>(block) : forward_block<0, LOCAL>(block);
+}
+
+template <bool LOCAL>
+void backward_any(const ScanBackward& call, const Partial& partial, const Scratch& scratch, int64_t job) {
+    int64_t N = call.size.states;
+    N == 1    ? backward_slice<1, LOCAL>(call, partial, scratch, job)
+    : N == 16 ? backward_slice<16, LOCAL>(call, partial, scratch, job)
+              : backward_slice<0, LOCAL>(call, partial, scratch, job);
+}
+
 }  // namespace
 
 void scan_forward(const ScanForward& call) {
@@ -318,7 +380,7 @@ void scan_forward(const ScanForward& call) {
         int64_t first = job % per_group * W, group = job / per_group % size.groups, item = job / per_group / size.groups;
         Block<ScanForward> block{call, item, group, group * group_channels(size) + first,
                                  min(W, group_channels(size) - first)};
-        size.states == 1 ? forward_block<1>(block) : size.states == 16 ? forward_block<16>(block) : forward_block<0>(block);
+        size.window > 1 ? forward_any<true>(block) : forward_any<false>(block);
     }
 }
 
@@ -351,9 +413,8 @@ void scan_backward(const ScanBackward& call) {
         Scratch scratch(own, size);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t job = 0; job < jobs; job++)
-            N == 1    ? backward_slice<1>(call, partial, scratch, job)
-            : N == 16 ? backward_slice<16>(call, partial, scratch, job)
-                      : backward_slice<0>(call, partial, scratch, job);
+            size.window > 1 ? backward_any<true>(call, partial, scratch, job)
+                            : backward_any<false>(call, partial, scratch, job);
 #pragma omp for
         for (int64_t group = 0; group < size.batch * size.groups; group++) {
             add_terms(partial.dB + group * parts * N * L, parts, N * L, N * L, call.dtype, call.dB, group * N * L);

@@ -21,13 +21,17 @@
     void cross_forward(const CrossForward&);                      \
     int64_t cross_backward_workspace(int64_t, const CrossSizes&); \
     void cross_backward(const CrossBackward&);                    \
+    void ssd_forward(const SsdForward&);                  \
+    int64_t ssd_backward_workspace(const SsdSizes&);      \
+    void ssd_backward(const SsdBackward&);                \
     }
 #define VSSM_KERNELS(NAME, LEVEL)                                                               \
     Kernels {                                                                                   \
         NAME, LEVEL::scan_forward, LEVEL::scan_backward_workspace, LEVEL::scan_backward,        \
             LEVEL::conv_forward, LEVEL::conv_backward_workspace, LEVEL::conv_backward,          \
             LEVEL::cross_forward_workspace, LEVEL::cross_forward,                               \
-            LEVEL::cross_backward_workspace, LEVEL::cross_backward                              \
+            LEVEL::cross_backward_workspace, LEVEL::cross_backward,                             \
+            LEVEL::ssd_forward, LEVEL::ssd_backward_workspace, LEVEL::ssd_backward              \
     }
 
 #if defined(VSSM_X86_LEVELS)
@@ -77,6 +81,15 @@ void prefer_huge_pages(void* array, int64_t bytes) {
 
 int64_t bytes_of(int64_t dtype, int64_t count) { return count * (dtype == VSSM_FLOAT32 ? 4 : 2); }
 
+void run_scan_backward(const ScanBackward& call) {
+    const ScanSizes& size = call.size;
+    int64_t steps = size.batch * size.channels * size.length, rows = size.batch * size.groups * size.states;
+    for (void* result : {call.du, call.ddelta, call.dz}) prefer_huge_pages(result, bytes_of(call.dtype, steps));
+    for (void* result : {call.dB, call.dC}) prefer_huge_pages(result, bytes_of(call.dtype, rows * size.length));
+    prefer_huge_pages(call.workspace, 4 * kernels().scan_backward_workspace(size));
+    kernels().scan_backward(call);
+}
+
 }  // namespace
 
 int64_t vssm_abi(void) { return 2; }
@@ -105,12 +118,9 @@ void vssm_selective_scan_backward(int64_t dtype, const void* grad_out, const flo
                                   float* dD, void* dz, float* ddelta_bias, float* workspace, int64_t batch,
                                   int64_t channels, int64_t length, int64_t states, int64_t groups, int64_t chunk,
                                   int64_t num_threads) {
-    ScanSizes size{batch, channels, length, states, groups, chunk, num_threads};
-    for (void* result : {du, ddelta, dz}) prefer_huge_pages(result, bytes_of(dtype, batch * channels * length));
-    for (void* result : {dB, dC}) prefer_huge_pages(result, bytes_of(dtype, batch * groups * states * length));
-    prefer_huge_pages(workspace, 4 * kernels().scan_backward_workspace(size));
-    kernels().scan_backward({dtype, grad_out, grad_last_state, u, delta, A, B, C, D, z, delta_bias, chunk_states,
-                             delta_softplus, du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, workspace, size});
+    run_scan_backward({dtype, grad_out, grad_last_state, u, delta, A, B, C, D, z, delta_bias, chunk_states,
+                       delta_softplus, du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, workspace,
+                       {batch, channels, length, states, groups, chunk, num_threads}});
 }
 
 void vssm_causal_conv1d_forward(int64_t dtype, const void* x, const float* weight, const float* bias, int64_t silu,
@@ -171,4 +181,54 @@ void vssm_cross_scan_backward(int64_t dtype, const void* grad_y, const void* x, 
     prefer_huge_pages(workspace, 4 * kernels().cross_backward_workspace(dtype, size));
     kernels().cross_backward({dtype, grad_y, x, dt_b_c, dt_weight, A, order, D, delta_bias, chunk_states,
                               delta_softplus, dx, ddt_b_c, ddt_weight, dA, dD, ddelta_bias, workspace, size});
+}
+
+void vssm_local_bidirectional_scan_forward(int64_t dtype, const void* u, const void* delta, const float* A,
+                                           const void* B, const void* C, const float* D, const void* z,
+                                           const float* delta_bias, int64_t delta_softplus, void* out,
+                                           float* chunk_states, int64_t batch, int64_t channels, int64_t length,
+                                           int64_t states, int64_t groups, int64_t chunk, int64_t window,
+                                           int64_t num_threads) {
+    prefer_huge_pages(out, bytes_of(dtype, batch * channels * length));
+    kernels().scan_forward({dtype, u, delta, A, B, C, D, z, delta_bias, delta_softplus, out, nullptr, chunk_states,
+                            {batch, channels, length, states, groups, chunk, num_threads, window}});
+}
+
+void vssm_local_bidirectional_scan_backward(int64_t dtype, const void* grad_out, const void* u, const void* delta,
+                                            const float* A, const void* B, const void* C, const float* D,
+                                            const void* z, const float* delta_bias, const float* chunk_states,
+                                            int64_t delta_softplus, void* du, void* ddelta, float* dA, void* dB,
+                                            void* dC, float* dD, void* dz, float* ddelta_bias, float* workspace,
+                                            int64_t batch, int64_t channels, int64_t length, int64_t states,
+                                            int64_t groups, int64_t chunk, int64_t window, int64_t num_threads) {
+    run_scan_backward({dtype, grad_out, nullptr, u, delta, A, B, C, D, z, delta_bias, chunk_states, delta_softplus, du,
+                       ddelta, dA, dB, dC, dD, dz, ddelta_bias, workspace,
+                       {batch, channels, length, states, groups, chunk, num_threads, window}});
+}
+
+void vssm_ssd_forward(int64_t dtype, const void* x, const float* dt, const float* decay, const void* B, const void* C,
+                      const float* D, const void* z, const float* initial_states, void* out, float* final_states,
+                      int64_t batch, int64_t length, int64_t heads, int64_t width, int64_t groups, int64_t states,
+                      int64_t num_threads) {
+    prefer_huge_pages(out, bytes_of(dtype, batch * length * heads * width));
+    kernels().ssd_forward({dtype, x, dt, decay, B, C, D, z, initial_states, out, final_states,
+                           {batch, length, heads, width, groups, states, num_threads}});
+}
+
+int64_t vssm_ssd_backward_workspace(int64_t batch, int64_t length, int64_t heads, int64_t width, int64_t groups,
+                                    int64_t states, int64_t num_threads) {
+    return kernels().ssd_backward_workspace({batch, length, heads, width, groups, states, num_threads});
+}
+
+void vssm_ssd_backward(int64_t dtype, const void* grad_out, const float* grad_final_states, const void* x,
+                       const float* dt, const float* decay, const void* B, const void* C, const float* D,
+                       const void* z, const float* initial_states, void* dx, float* ddt, float* dlog_decay, void* dB,
+                       void* dC, float* dD, void* dz, float* dinitial_states, float* workspace, int64_t batch,
+                       int64_t length, int64_t heads, int64_t width, int64_t groups, int64_t states,
+                       int64_t num_threads) {
+    SsdSizes size{batch, length, heads, width, groups, states, num_threads};
+    for (void* result : {dx, dz}) prefer_huge_pages(result, bytes_of(dtype, batch * length * heads * width));
+    prefer_huge_pages(workspace, 4 * kernels().ssd_backward_workspace(size));
+    kernels().ssd_backward({dtype, grad_out, grad_final_states, x, dt, decay, B, C, D, z, initial_states, dx, ddt,
+                            dlog_decay, dB, dC, dD, dz, dinitial_states, workspace, size});
 }

@@ -19,6 +19,9 @@ enum VssmDtype : int64_t { VSSM_FLOAT32 = 0, VSSM_BFLOAT16 = 1, VSSM_FLOAT16 = 2
 // Largest N that the scan takes.
 constexpr int64_t VSSM_MAX_STATES = 256;
 
+// Largest window of the locally bi-directional scan, whose windows are powers of two.
+constexpr int64_t VSSM_MAX_WINDOW = 16;
+
 // Number of this interface: to be raised with every change of a signature or a meaning in this file.
 VSSM_EXPORT int64_t vssm_abi(void);
 
@@ -143,3 +146,61 @@ VSSM_EXPORT int64_t vssm_cross_scan_backward_workspace(int64_t dtype, int64_t ba
                                                        int64_t channels, int64_t routes, int64_t length, int64_t states,
                                                        int64_t rank, int64_t separate, int64_t chunk,
                                                        int64_t num_threads);
+
+// Locally bi-directional scan; vssm/ops/local_bidirectional_scan/__init__.py holds the equations. Arguments as for the
+// selective scan; its workspace serves this backward as well.
+VSSM_EXPORT void vssm_local_bidirectional_scan_forward(
+    int64_t dtype, const void* u, const void* delta, const float* A, const void* B, const void* C, const float* D,
+    const void* z, const float* delta_bias, int64_t delta_softplus,
+    void* out,            // result: any (B, D, L)
+    float* chunk_states,  // result: (B, D, S, N), the state of the forward recurrence before each chunk
+    int64_t batch, int64_t channels, int64_t length, int64_t states, int64_t groups, int64_t chunk,
+    int64_t window,  // steps, a power of two up to VSSM_MAX_WINDOW
+    int64_t num_threads);
+
+// Gradients of the locally bi-directional scan.
+VSSM_EXPORT void vssm_local_bidirectional_scan_backward(
+    int64_t dtype, const void* grad_out, const void* u, const void* delta, const float* A, const void* B, const void* C,
+    const float* D, const void* z, const float* delta_bias, const float* chunk_states, int64_t delta_softplus, void* du,
+    void* ddelta, float* dA, void* dB, void* dC, float* dD, void* dz, float* ddelta_bias,
+    float* workspace,  // vssm_selective_scan_backward_workspace() floats
+    int64_t batch, int64_t channels, int64_t length, int64_t states, int64_t groups, int64_t chunk, int64_t window,
+    int64_t num_threads);
+
+// Mamba-2's scan; vssm/ops/ssd/__init__.py holds the equations. Here H are heads, P channels of a head, and the step
+// sizes come as they enter the recurrence: after bias, softplus and limits.
+VSSM_EXPORT void vssm_ssd_forward(
+    int64_t dtype,
+    const void* x,                // any (B, L, H, P)
+    const float* dt,              // (B, H, L), step sizes
+    const float* decay,           // (B, H, L), exp(dt * A)
+    const void* B,                // any (B, L, G, N)
+    const void* C,                // any (B, L, G, N)
+    const float* D,               // (H, P), optional
+    const void* z,                // any (B, L, H, P), optional
+    const float* initial_states,  // (B, H, P, N), optional
+    void* out,                    // result: any (B, L, H, P)
+    float* final_states,          // result: (B, H, P, N)
+    int64_t batch, int64_t length, int64_t heads, int64_t width, int64_t groups, int64_t states, int64_t num_threads);
+
+// Floats of workspace that vssm_ssd_backward needs.
+VSSM_EXPORT int64_t vssm_ssd_backward_workspace(int64_t batch, int64_t length, int64_t heads, int64_t width,
+                                                int64_t groups, int64_t states, int64_t num_threads);
+
+// Gradients of Mamba-2's scan. Results of absent optional inputs are not written and may be null.
+VSSM_EXPORT void vssm_ssd_backward(
+    int64_t dtype,
+    const void* grad_out,            // any (B, L, H, P)
+    const float* grad_final_states,  // (B, H, P, N), optional
+    const void* x, const float* dt, const float* decay, const void* B, const void* C, const float* D, const void* z,
+    const float* initial_states,  // x to initial_states: as in the forward
+    void* dx,                     // result: any (B, L, H, P)
+    float* ddt,                   // result: (B, H, L), without the part that goes through decay
+    float* dlog_decay,            // result: (B, H, L), by dt * A
+    void* dB,                     // result: any (B, L, G, N)
+    void* dC,                     // result: any (B, L, G, N)
+    float* dD,                    // result: (B, H, P), still to be added over the batch
+    void* dz,                     // result: any (B, L, H, P)
+    float* dinitial_states,       // result: (B, H, P, N)
+    float* workspace,             // vssm_ssd_backward_workspace() floats
+    int64_t batch, int64_t length, int64_t heads, int64_t width, int64_t groups, int64_t states, int64_t num_threads);

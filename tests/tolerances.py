@@ -29,3 +29,10 @@ def assert_close(got: Tensor, want: Tensor, dtype: torch.dtype, name: str) -> No
     """Fails unless `got` agrees with the float64 result `want` as well as numbers of `dtype` allow."""
     error = relative_rms(got, want)
     assert error <= RELATIVE_RMS[dtype], f"{name}: relative RMS error {error:.3g} > {RELATIVE_RMS[dtype]:.3g}"
+
+
+def assert_finite_where_it_fits(got: Tensor, wide: Tensor, name: str) -> None:
+    """Fails unless `wide`, the float32 result, is finite and `got` is finite wherever its dtype can hold `wide`."""
+    assert torch.isfinite(wide).all(), f"{name}: non-finite values in float32"
+    fits = wide.abs() < torch.finfo(got.dtype).max * (1 - torch.finfo(got.dtype).eps)
+    assert torch.isfinite(got[fits]).all(), f"{name}: non-finite values that fit into {got.dtype}"

@@ -17,8 +17,12 @@ from vssm.ops.causal_conv1d import cpu as conv
 from vssm.ops.causal_conv1d.reference import causal_conv1d_reference
 from vssm.ops.cross_selective_scan import cpu as cross
 from vssm.ops.cross_selective_scan.reference import cross_selective_scan_reference
+from vssm.ops.local_bidirectional_scan import cpu as local_scan
+from vssm.ops.local_bidirectional_scan.reference import local_bidirectional_scan_reference
 from vssm.ops.selective_scan import cpu as scan
 from vssm.ops.selective_scan.reference import selective_scan_reference
+from vssm.ops.ssd import cpu as ssd
+from vssm.ops.ssd.reference import ssd_reference
 
 
 def scan_inputs(batch=2, channels=40, length=83, states=16, groups=1, seed=0):
@@ -98,6 +102,42 @@ def test_every_instruction_set_convolves_like_the_definition(instruction_sets):
         for level in instruction_sets():
             for index, (got, wanted) in enumerate(zip(run_conv(*inputs, grad_out), want, strict=True)):
                 assert_close(got, wanted, torch.float32, f"{level}, {taps} taps, result {index}")
+
+
+def test_every_instruction_set_looks_ahead_like_the_definition(instruction_sets):
+    for window, shape in ((4, {}), (8, {"states": 1, "groups": 4}), (16, {"states": 5, "channels": 3})):
+        inputs, grad_out = scan_inputs(**shape)
+        double = [x.double().requires_grad_() for x in inputs]
+        out = local_bidirectional_scan_reference(*double, True, window)
+        want = out, *torch.autograd.grad(out, double, grad_out.double())
+        for level in instruction_sets():
+            got, chunk_states = local_scan.forward(*inputs, True, window)
+            gradients = local_scan.backward(grad_out, *inputs, chunk_states, True, window)
+            for index, (result, wanted) in enumerate(zip((got, *gradients), want, strict=True)):
+                assert_close(result, wanted, torch.float32, f"{level}, window {window}, result {index}")
+
+
+def test_every_instruction_set_scans_heads_like_the_definition(instruction_sets):
+    rng = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=rng)
+
+    settings = True, 0.0, 1.0
+    for heads, width, groups, states in ((4, 20, 2, 16), (2, 3, 1, 5), (3, 33, 3, 64)):
+        rows, states_shape = (2, 83, heads, width), (2, heads, width, states)
+        x, z, grad_out = (normal(*rows) for _ in range(3))
+        B, C = (normal(2, 83, groups, states) for _ in range(2))
+        parameters = -normal(heads).exp(), B, C, normal(heads, width), z, normal(heads), normal(*states_shape)
+        inputs, grad_final = (x, normal(*rows[:3]), *parameters), normal(*states_shape)
+        double = [t.double().requires_grad_() for t in inputs]
+        outputs = ssd_reference(*double, *settings)
+        want = *outputs, *torch.autograd.grad(outputs, double, (grad_out.double(), grad_final.double()))
+        for level in instruction_sets():
+            got = ssd.forward(*inputs, *settings, 64)
+            gradients = ssd.backward(grad_out, grad_final, *inputs, *settings, 64)
+            for index, (result, wanted) in enumerate(zip((*got, *gradients), want, strict=True)):
+                assert_close(result, wanted, torch.float32, f"{level}, {heads} heads, result {index}")
 
 
 @pytest.mark.parametrize("payload", [0x7FC00000, 0x7FFFFFFF, -1], ids=hex)

@@ -9,7 +9,8 @@ import numpy as np
 import parity
 import pytest
 import torch
-from tolerances import assert_close, relative_rms
+from extremes import DECAYS, extreme_steps
+from tolerances import assert_close, assert_finite_where_it_fits, relative_rms
 
 from vssm.ops import selective_scan, use_portable, use_reference
 from vssm.ops.selective_scan.chunks import chunk_length, num_chunks
@@ -176,6 +177,17 @@ def test_half_precision_is_finite_at_length_262144(implementation, dtype):
     for name, tensor in got.items():
         # The gradients of D, A and the bias sum 262,144 terms in float32 and are finite as well.
         assert torch.isfinite(tensor).all(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_finite_at_length_262144_for_extreme_steps_and_decays(implementation, dtype):
+    inputs = scan_inputs(1, 2, 262_144, 4, 1, dtype=dtype, absent=("delta_bias",))
+    inputs |= {"delta": extreme_steps((1, 2, 262_144), 2, dtype), "A": torch.tensor(DECAYS).expand(2, 4)}
+    with implementation():
+        got = outputs_and_gradients(inputs, softplus=False)
+        wide = outputs_and_gradients(inputs, softplus=False, dtype=torch.float32)
+    for name, tensor in got.items():
+        assert_finite_where_it_fits(tensor, wide[name], name)
 
 
 def test_autocast_computes_and_returns_float32(implementation):

@@ -9,7 +9,7 @@ import torch
 from tolerances import relative_rms
 
 from vssm.layers.mamba import Mamba
-from vssm.ops import causal_conv1d, install_shims, selective_scan
+from vssm.ops import causal_conv1d, install_shims, selective_scan, ssd
 
 NAMES = ("mamba_ssm", "causal_conv1d", "selective_scan_cuda", "selective_scan_cuda_core", "selective_scan_cuda_oflex")
 
@@ -147,3 +147,12 @@ def test_the_convolution_takes_what_it_can_and_refuses_the_rest(shims):
     assert torch.equal(causal_conv1d_fn(x, weight, activation="silu"), causal_conv1d(x, weight, activation="silu"))
     with pytest.raises(ValueError, match="has no seq_idx; leave it out"):
         causal_conv1d_fn(x, weight, seq_idx=torch.zeros(2, 9))
+
+
+def test_mamba_2s_scan_takes_its_arguments_by_place_and_name(shims):
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    x, dt, A, B = torch.randn(1, 20, 2, 4), torch.rand(1, 20, 2), -torch.rand(2), torch.randn(1, 20, 1, 3)
+    out, states = mamba_chunk_scan_combined(x, dt, A, B, B, 8, D=torch.ones(2), z=x, return_final_states=True)
+    want = ssd(x, dt, A, B, B, 8, torch.ones(2), x, return_final_states=True)
+    assert torch.equal(out, want[0]) and torch.equal(states, want[1])

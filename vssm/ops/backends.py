@@ -54,20 +54,31 @@ def _ops() -> dict[str, tuple]:
     # The ops import this module.
     from .causal_conv1d import op as conv
     from .cross_selective_scan import op as cross
+    from .local_bidirectional_scan import op as local_scan
+    from .nc_ssd import op as nc_ssd
     from .selective_scan import op as scan
+    from .ssd import op as ssd
 
     return {
         "selective_scan": (scan.forward_op, scan.backward_op),
         "causal_conv1d": (conv.forward_op, conv.backward_op),
         "cross_selective_scan": (cross.forward_op, cross.backward_op),
+        "local_bidirectional_scan": (local_scan.forward_op, local_scan.backward_op),
+        "ssd": (ssd.forward_op, ssd.backward_op),
+        "nc_ssd": (nc_ssd.forward_op, nc_ssd.backward_op),
     }
+
+
+# Ops that are nothing but matrix products: no device has a kernel of ours for them.
+_MATRIX_PRODUCTS = ("nc_ssd",)
 
 
 def _registered() -> Iterator[tuple]:
     if native.library is not None:
-        for ops in _ops().values():
-            for op in ops:
-                yield op, "cpu"
+        for name, ops in _ops().items():
+            if name not in _MATRIX_PRODUCTS:
+                for op in ops:
+                    yield op, "cpu"
 
 
 def status() -> list[Backend]:
@@ -79,7 +90,9 @@ def status() -> list[Backend]:
     rows = []
     for name in _ops():
         for device in devices:
-            if device != "cpu":
+            if name in _MATRIX_PRODUCTS:
+                rows.append(Backend(name, device, "portable", "matrix products: PyTorch's own are the kernel"))
+            elif device != "cpu":
                 rows.append(Backend(name, device, "portable", f"no {device} kernel is part of this version"))
             elif native.library is not None:
                 rows.append(Backend(name, device, "native", ""))

@@ -23,6 +23,8 @@ _REINSTALL = "install a C++17 compiler (GCC 11 or newer, or Clang) and reinstall
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # VSSM_MAX_STATES in kernels/vssm_cpu.h.
 MAX_STATES = 256
+# VSSM_MAX_WINDOW in kernels/vssm_cpu.h.
+MAX_WINDOW = 16
 
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
 # Name -> (result, pointer and flag arguments in the order of kernels/vssm_cpu.h, number of sizes that follow).
@@ -47,6 +49,17 @@ _SIGNATURES = {
     # dx, ddt_b_c, ddt_weight, dA, dD, ddelta_bias, workspace
     "vssm_cross_scan_backward": (None, [_INT, *[_POINTER] * 9, _INT, *[_POINTER] * 7], 10),
     "vssm_cross_scan_backward_workspace": (_INT, [_INT], 10),
+    # dtype, u, delta, A, B, C, D, z, delta_bias, delta_softplus, out, chunk_states
+    "vssm_local_bidirectional_scan_forward": (None, [_INT, *[_POINTER] * 8, _INT, *[_POINTER] * 2], 8),
+    # dtype, grad_out, u, delta, A, B, C, D, z, delta_bias, chunk_states, delta_softplus,
+    # du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, workspace
+    "vssm_local_bidirectional_scan_backward": (None, [_INT, *[_POINTER] * 10, _INT, *[_POINTER] * 9], 8),
+    # dtype, x, dt, decay, B, C, D, z, initial_states, out, final_states
+    "vssm_ssd_forward": (None, [_INT, *[_POINTER] * 10], 7),
+    "vssm_ssd_backward_workspace": (_INT, [], 7),
+    # dtype, grad_out, grad_final_states, x, dt, decay, B, C, D, z, initial_states,
+    # dx, ddt, dlog_decay, dB, dC, dD, dz, dinitial_states, workspace
+    "vssm_ssd_backward": (None, [_INT, *[_POINTER] * 19], 7),
 }
 
 

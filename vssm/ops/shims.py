@@ -6,6 +6,7 @@ Nothing happens on import: `install_shims()` is called by hand, before the repos
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -18,6 +19,7 @@ from torch.nn.functional import linear, silu
 from .causal_conv1d import causal_conv1d
 from .selective_scan import op as scan_op
 from .selective_scan import selective_scan
+from .ssd import ssd
 
 _ORIGIN = "vssm.ops.shims"
 
@@ -27,9 +29,9 @@ def install_shims() -> list[str]:
 
     Provided are, with the signatures of mamba-ssm 2.3, causal-conv1d 1.6 and VMamba's kernels:
     `mamba_ssm.Mamba` (also in `.modules.mamba_simple`), `mamba_ssm.ops.selective_scan_interface` with
-    `selective_scan_fn`, `selective_scan_ref` and `mamba_inner_fn`, `causal_conv1d.causal_conv1d_fn`, and `fwd` and
-    `bwd` of `selective_scan_cuda`, `selective_scan_cuda_core` and `selective_scan_cuda_oflex`. A second call changes
-    nothing.
+    `selective_scan_fn`, `selective_scan_ref` and `mamba_inner_fn`, `mamba_ssm.ops.triton.ssd_combined` with
+    `mamba_chunk_scan_combined`, `causal_conv1d.causal_conv1d_fn`, and `fwd` and `bwd` of `selective_scan_cuda`,
+    `selective_scan_cuda_core` and `selective_scan_cuda_oflex`. A second call changes nothing.
 
     Returns:
         The names that can be imported.
@@ -68,6 +70,8 @@ def _contents() -> dict[str, dict[str, Any]]:
         "mamba_ssm.ops.selective_scan_interface": interface,
         "mamba_ssm.modules": {},
         "mamba_ssm.modules.mamba_simple": {"Mamba": _mamba_class},
+        "mamba_ssm.ops.triton": {},
+        "mamba_ssm.ops.triton.ssd_combined": {"mamba_chunk_scan_combined": _mamba_chunk_scan},
         "causal_conv1d": {"causal_conv1d_fn": _causal_conv1d, "causal_conv1d_ref": _causal_conv1d},
         "selective_scan_cuda": {"fwd": _forward_gated, "bwd": _backward_gated},
         "selective_scan_cuda_core": {"fwd": _forward, "bwd": _backward},
@@ -123,6 +127,28 @@ def _causal_conv1d(
     _no("causal_conv1d_fn", seq_idx=seq_idx, initial_states=initial_states, return_final_states=return_final_states)
     _no("causal_conv1d_fn", final_states_out=final_states_out)
     return causal_conv1d(x, weight, bias, activation)
+
+
+def _mamba_chunk_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    return_final_states: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    _no("mamba_chunk_scan_combined", seq_idx=seq_idx, cu_seqlens=cu_seqlens)
+    options = {"dt_softplus": dt_softplus, "initial_states": initial_states, "dt_limit": dt_limit}
+    return ssd(x, dt, A, B, C, chunk_size, D, z, dt_bias, return_final_states=return_final_states, **options)
 
 
 def _mamba_inner(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..vmap import register_vmap
 from . import cpu, portable
 
 
@@ -47,6 +48,7 @@ def _backward(ctx, grad_out):
 
 
 forward_op.register_autograd(_backward, setup_context=_save)
+register_vmap(forward_op, backward_op, per_item=(0,))  # x
 
 if native.library is not None:
     forward_op.register_kernel("cpu")(cpu.forward)

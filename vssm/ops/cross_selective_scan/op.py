@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import native
 from ..selective_scan.chunks import num_chunks
+from ..vmap import register_vmap
 from . import cpu, portable
 
 
@@ -86,6 +87,9 @@ forward_op.register_autograd(_backward, setup_context=_save)
 for _device in ("cpu", "cuda"):
     forward_op.register_autocast(_device, torch.float32)
     backward_op.register_autocast(_device, torch.float32)
+
+# x and dt_b_c begin with the batch.
+register_vmap(forward_op, backward_op, per_item=(0, 1))
 
 if native.library is not None:
     forward_op.register_kernel("cpu")(cpu.forward)

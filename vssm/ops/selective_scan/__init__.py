@@ -60,8 +60,8 @@ def selective_scan(
         ValueError: a shape, dtype or device that does not fit, naming the argument, what came and what is needed.
     """
     autocast = isinstance(u, Tensor) and torch.is_autocast_enabled(u.device.type)
-    _check(u, delta, A, B, C, D, z, delta_bias, same_dtype=not autocast)
-    B, C = _per_group(B, C, u)
+    check_arguments("selective_scan", u, delta, A, B, C, D, z, delta_bias, same_dtype=not autocast)
+    B, C = per_group(B, C, u)
     if backends.reference_in_use():
         u = u.float() if autocast and u.dtype != torch.float64 else u
         out, last_state = selective_scan_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
@@ -73,8 +73,8 @@ def selective_scan(
     return (out, last_state) if return_last_state else out
 
 
-def _check(u, delta, A, B, C, D, z, delta_bias, same_dtype: bool) -> None:
-    name = "selective_scan"
+def check_arguments(name: str, u, delta, A, B, C, D, z, delta_bias, same_dtype: bool) -> None:
+    """Raises ValueError unless the arguments of the function `name`, a scan of this kind, fit together."""
     tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
     tensors = {key: t for key, t in tensors.items() if t is not None or key in ("u", "delta", "A", "B", "C")}
     for key, tensor in tensors.items():
@@ -133,7 +133,7 @@ def _plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _per_group(B: Tensor, C: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+def per_group(B: Tensor, C: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """B and C as (batch, groups, states, length) with the same number of groups."""
     batch, _, length = u.shape
 

@@ -12,7 +12,7 @@ from . import portable
 from .chunks import chunk_length, num_chunks
 
 
-def _takes(u, delta, A, B, C, D, z, delta_bias) -> bool:
+def takes(u, delta, A, B, C, D, z, delta_bias) -> bool:
     """The kernels take one dtype of at most 32 bits for the sequences, float32 parameters and at most 256 states."""
     sequences = {x.dtype for x in (u, delta, B, C, z) if x is not None}
     parameters = {x.dtype for x in (A, D, delta_bias) if x is not None}
@@ -31,7 +31,7 @@ def _sizes(u, A, B) -> tuple[int, ...]:
 def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
     """`vssm::selective_scan_forward`: out (B, D, L), last state (B, D, N), chunk states (B, D, chunks, N)."""
     inputs = (u, delta, A, B, C, D, z, delta_bias)
-    if not _takes(*inputs):
+    if not takes(*inputs):
         return portable.selective_scan_forward(*inputs, delta_softplus)
     batch, channels, length = u.shape
     # Sizes as one tuple: MONAI's MetaTensor has a new_empty that takes nothing else.
@@ -50,7 +50,7 @@ def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
 def backward(grad_out, grad_last_state, u, delta, A, B, C, D, z, delta_bias, chunk_states, delta_softplus):
     """`vssm::selective_scan_backward`: gradients in the order of the inputs, empty for absent ones."""
     inputs = (u, delta, A, B, C, D, z, delta_bias)
-    if not _takes(*inputs):
+    if not takes(*inputs):
         return portable.selective_scan_backward(grad_out, grad_last_state, *inputs, chunk_states, delta_softplus)
     gradients = [torch.empty_like(x) if x is not None else None for x in inputs]
     sizes = _sizes(u, A, B)

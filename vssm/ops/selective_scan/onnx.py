@@ -13,12 +13,13 @@ import torch
 # PyTorch's loop that torch.onnx turns into ONNX's Scan; torch.export has no public name for it yet.
 from torch._higher_order_ops.scan import scan
 
-from .portable import Chunked, finish
+from .chunks import chunk_length
+from .portable import Chunked, skip_and_gate
 
 
 def selective_scan_onnx(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
     """out (B, D, L) in u's dtype and the last state (B, D, N), as `selective_scan_forward` of `portable.py`."""
-    c = Chunked(u, delta, A, B, C, delta_bias, delta_softplus)
+    c = Chunked(u, delta, A, B, C, delta_bias, delta_softplus, chunk_length(u.shape[2]))
 
     # Shapes do not broadcast in here: torch.onnx lets sizes be symbols, and two symbols only match as equals.
     def step(state, now):
@@ -33,4 +34,4 @@ def selective_scan_onnx(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
     last, after = scan(step, zero[:, :, :, 0].contiguous(), tuple(x.movedim(3, 0).contiguous() for x in chunks))
     starts = torch.cat([torch.zeros_like(after[:1]), after[:-1]]).movedim(0, 3)
     y = (c.C * (states + c.decay(c.dt.cumsum(0)) * starts)).sum(-1)
-    return finish(c.join(y), u, D, z), last.reshape(c.batch, c.channels, c.states)
+    return skip_and_gate(c.join(y), u, D, z), last.reshape(c.batch, c.channels, c.states)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..vmap import register_vmap
 from . import cpu, portable
 from .chunks import num_chunks
 
@@ -95,6 +96,7 @@ def _backward(ctx, grad_out, grad_last_state, _):
 
 
 forward_op.register_autograd(_backward, setup_context=_save)
+register_vmap(forward_op, backward_op, per_item=(0, 1, 3, 4, 6))  # u, delta, B, C, z
 
 # A half-precision scan output overflows where a following norm would bring it back: under autocast the scan is fp32.
 for _device in ("cpu", "cuda"):

@@ -10,25 +10,38 @@ Letters: B batch, D channels, L steps, N states, G groups of B and C, P channels
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, silu, softplus
 
-from .chunks import chunk_length, num_chunks
+from .chunks import chunk_length
+
+
+class Gradients(NamedTuple):
+    """What the walk back over a recurrence yields, in the accumulation dtype."""
+
+    y: Tensor  # (B, D, L), the output without D and z, recomputed
+    u: Tensor  # (B, D, L)
+    dt: Tensor  # (B, D, L)
+    A: Tensor  # (D, N)
+    B: Tensor  # (B, G, N, L)
+    C: Tensor  # (B, G, N, L)
 
 
 class Chunked:
-    """The inputs of one call in the accumulation dtype, padded and cut into chunks.
+    """The inputs of one call in the accumulation dtype, padded and cut into chunks of `steps` steps.
 
     Per-channel tensors are (B, G, P, S) at one step, states (B, G, P, S, N), B and C (B, G, 1, S, N). Padded steps have
     dt = 0: they keep the state and add nothing.
     """
 
-    def __init__(self, u, delta, A, B, C, delta_bias, delta_softplus):
+    def __init__(self, u, delta, A, B, C, delta_bias, delta_softplus, steps):
         self.batch, self.channels, self.length = u.shape
         self.groups, self.states = B.shape[1], A.shape[1]
         self.per_group = self.channels // self.groups
-        self.steps, self.count = chunk_length(self.length), num_chunks(self.length)
+        self.steps, self.count = steps, -(-self.length // steps)
         self.dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
         pre = delta.to(self.dtype)
         if delta_bias is not None:
@@ -63,8 +76,11 @@ class Chunked:
     def decay(self, dt: Tensor) -> Tensor:
         return torch.exp(dt[..., None] * self.A)
 
+    def drive(self, step: int) -> Tensor:
+        return (self.dt[step] * self.u[step])[..., None] * self.B[step]
+
     def advance(self, state: Tensor, step: int) -> Tensor:
-        return self.decay(self.dt[step]) * state + (self.dt[step] * self.u[step])[..., None] * self.B[step]
+        return self.decay(self.dt[step]) * state + self.drive(step)
 
     def zero_state(self) -> Tensor:
         return self.u.new_zeros((self.batch, self.groups, self.per_group, self.count, self.states))
@@ -83,18 +99,8 @@ class Chunked:
         return torch.stack(entering, dim=3), value
 
 
-def finish(y: Tensor, u: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
-    """Skip and gate, in the accumulation dtype of `y`; the output in u's dtype."""
-    if D is not None:
-        y = y + u.to(y.dtype) * D.to(y.dtype)[:, None]
-    if z is not None:
-        y = y * silu(z.to(y.dtype))
-    return y.to(u.dtype).contiguous()
-
-
-def selective_scan_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
-    """out in u's dtype; last state (B, D, N) and chunk-start states (B, D, S, N) in the accumulation dtype."""
-    c = Chunked(u, delta, A, B, C, delta_bias, delta_softplus)
+def scan(c: Chunked) -> tuple[Tensor, Tensor, Tensor]:
+    """The recurrence itself: y (B, D, L) without D and z, chunk-start states (B, D, S, N), last state (B, D, N)."""
     state, local = c.zero_state(), []
     for step in range(c.steps):
         state = c.advance(state, step)
@@ -105,18 +111,11 @@ def selective_scan_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
         dt_sum = dt_sum + c.dt[step]
         outputs.append(local[step] + (c.C[step] * c.decay(dt_sum) * starts).sum(-1))
     shape = (c.batch, c.channels)
-    out = finish(c.join(outputs), u, D, z)
-    return out, last.reshape(*shape, c.states), starts.reshape(*shape, c.count, c.states)
+    return c.join(outputs), starts.reshape(*shape, c.count, c.states), last.reshape(*shape, c.states)
 
 
-def selective_scan_backward(
-    grad_out, grad_last_state, u, delta, A, B, C, D, z, delta_bias, chunk_states, delta_softplus
-):
-    """Gradients of all inputs in their dtypes; absent optional inputs give empty tensors."""
-    c = Chunked(u, delta, A, B, C, delta_bias, delta_softplus)
-    g = grad_out.to(c.dtype)
-    gate = None if z is None else z.to(c.dtype)
-    y_grad = g if gate is None else g * silu(gate)
+def scan_adjoint(c: Chunked, y_grad: Tensor, chunk_states: Tensor, grad_last_state: Tensor | None) -> Gradients:
+    """Walks the recurrence back, given the gradient of y (B, D, L) and what `scan` returned as chunk-start states."""
     gc = c.cut(y_grad)
     starts = chunk_states.to(c.dtype).view(c.zero_state().shape)
 
@@ -157,26 +156,64 @@ def selective_scan_backward(
             du[step] = c.dt[step] * from_input
             ddt[step] = c.u[step] * from_input + (carried * c.A).sum(-1)
             dA = dA + carried * c.dt[step][..., None]
+    dA = dA.sum((0, 3)).reshape(c.channels, c.states)
+    return Gradients(c.join(y), c.join(du), c.join(ddt), dA, c.join_states(dB), c.join_states(dC))
 
-    du, ddelta = c.join(du), c.join(ddt)
+
+def skip_and_gate(y: Tensor, u: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+    """The output (B, D, L) in u's dtype: adds D * u to y and multiplies by silu(z)."""
+    if D is not None:
+        y = y + u.to(y.dtype) * D.to(y.dtype)[:, None]
+    if z is not None:
+        y = y * silu(z.to(y.dtype))
+    return y.to(u.dtype).contiguous()
+
+
+def before_gate(grad_out: Tensor, z: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The gradient of y + D * u in the accumulation dtype, given that of the output."""
+    grad = grad_out.to(dtype)
+    return grad if z is None else grad * silu(z.to(dtype))
+
+
+def input_gradients(
+    c: Chunked, found: Gradients, y_grad, grad_out, u, delta, A, B, C, D, z, delta_bias, delta_softplus
+):
+    """From the gradients of the recurrence to those of all inputs, in their dtypes; empty for absent inputs."""
+    du, ddelta, wide = found.u, found.dt, u.to(c.dtype)
     if D is not None:
         du = du + y_grad * D.to(c.dtype)[:, None]
     if delta_softplus:
         ddelta = ddelta * torch.sigmoid(c.pre_softplus)
     dz = u.new_empty((0,))
-    if gate is not None:
+    if z is not None:
+        gate = z.to(c.dtype)
         sigmoid = torch.sigmoid(gate)
-        out = c.join(y)
-        if D is not None:
-            out = out + u.to(c.dtype) * D.to(c.dtype)[:, None]
-        dz = (g * out * sigmoid * (1 + gate * (1 - sigmoid))).to(z.dtype)
+        out = found.y if D is None else found.y + wide * D.to(c.dtype)[:, None]
+        dz = (grad_out.to(c.dtype) * out * sigmoid * (1 + gate * (1 - sigmoid))).to(z.dtype)
     return (
         du.to(u.dtype).contiguous(),
         ddelta.to(delta.dtype).contiguous(),
-        dA.sum((0, 3)).reshape(A.shape).to(A.dtype),
-        c.join_states(dB).to(B.dtype).contiguous(),
-        c.join_states(dC).to(C.dtype).contiguous(),
-        A.new_empty((0,)) if D is None else (y_grad * u.to(c.dtype)).sum((0, 2)).to(D.dtype),
+        found.A.to(A.dtype),
+        found.B.to(B.dtype).contiguous(),
+        found.C.to(C.dtype).contiguous(),
+        A.new_empty((0,)) if D is None else (y_grad * wide).sum((0, 2)).to(D.dtype),
         dz,
         A.new_empty((0,)) if delta_bias is None else ddelta.sum((0, 2)).to(delta_bias.dtype),
     )
+
+
+def selective_scan_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+    """out in u's dtype; last state (B, D, N) and chunk-start states (B, D, S, N) in the accumulation dtype."""
+    c = Chunked(u, delta, A, B, C, delta_bias, delta_softplus, chunk_length(u.shape[2]))
+    y, chunk_states, last_state = scan(c)
+    return skip_and_gate(y, u, D, z), last_state, chunk_states
+
+
+def selective_scan_backward(
+    grad_out, grad_last_state, u, delta, A, B, C, D, z, delta_bias, chunk_states, delta_softplus
+):
+    """Gradients of all inputs in their dtypes; absent optional inputs give empty tensors."""
+    c = Chunked(u, delta, A, B, C, delta_bias, delta_softplus, chunk_length(u.shape[2]))
+    y_grad = before_gate(grad_out, z, c.dtype)
+    found = scan_adjoint(c, y_grad, chunk_states, grad_last_state)
+    return input_gradients(c, found, y_grad, grad_out, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
