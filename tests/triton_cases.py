@@ -1,0 +1,164 @@
+"""Checks of the Triton kernels that run in a process of their own, where Triton interprets kernels on the CPU.
+
+Whether Triton interprets is decided when triton is imported, which importing torch may do, so tests/ops/test_triton.py
+starts a process with TRITON_INTERPRET=1 and calls these functions there; on a machine with a GPU it calls them itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from tolerances import assert_close
+
+from vssm.ops.selective_scan import triton as scan
+from vssm.ops.selective_scan.chunks import num_chunks
+from vssm.ops.selective_scan.reference import selective_scan_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SCAN_NAMES = "u delta A B C D z delta_bias".split()
+
+
+@contextlib.contextmanager
+def _set(module, **values):
+    """Sets attributes of a module for a while."""
+    before = {name: getattr(module, name) for name in values}
+    for name, value in values.items():
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
+
+
+@contextlib.contextmanager
+def _poisoned_memory():
+    """Fills what torch.empty and torch.empty_like return with NaN, so that an output nobody writes shows."""
+
+    def poison(function):
+        return lambda *args, **kwargs: function(*args, **kwargs).fill_(float("nan"))
+
+    with _set(torch, empty=poison(torch.empty), empty_like=poison(torch.empty_like)):
+        yield
+
+
+def scan_inputs(batch, channels, length, states, groups, dtype=torch.float32, absent=(), seed=0):
+    """The eight inputs of the scan, None for absent ones, and the gradients of out and of the last state."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=rng)
+
+    inputs = {
+        "u": normal(batch, channels, length).to(dtype),
+        "delta": (normal(batch, channels, length) - 1).to(dtype),
+        "A": -torch.exp(normal(channels, states) / 2),
+        "B": normal(batch, groups, states, length).to(dtype),
+        "C": normal(batch, groups, states, length).to(dtype),
+        "D": normal(channels),
+        "z": normal(batch, channels, length).to(dtype),
+        "delta_bias": normal(channels) / 2,
+    }
+    # Eighths are exact in every dtype, so that rounding them is no part of the error.
+    gradients = [
+        normal(*shape).mul(8).round().div(8) for shape in ((batch, channels, length), (batch, channels, states))
+    ]
+    inputs = [None if name in absent else inputs[name].to(DEVICE) for name in SCAN_NAMES]
+    return inputs, [gradients[0].to(dtype).to(DEVICE), gradients[1].to(DEVICE)]
+
+
+def run_scan(inputs, gradients, softplus=True, cut=False):
+    """{name: tensor} of the outputs and gradients of the kernels, with sequences cut into segments or not."""
+    with _set(scan, FULL_WARPS=10**9 if cut else 0), _poisoned_memory():
+        out, last_state, chunk_states = scan.forward(*inputs, softplus)
+        results = scan.backward(*gradients, *inputs, chunk_states, softplus)
+    named = {f"d{name}": x for name, x in zip(SCAN_NAMES, results, strict=True)}
+    return {"out": out, "last_state": last_state, "chunk_states": chunk_states} | named
+
+
+def scan_definition(inputs, gradients, softplus=True):
+    """{name: tensor} of what the float64 definition gives."""
+    leaves = [None if x is None else x.detach().cpu().double().requires_grad_() for x in inputs]
+    out, last_state = selective_scan_reference(*leaves, softplus)
+    results = {"out": out, "last_state": last_state}
+    loss = sum((x * g.cpu().double()).sum() for x, g in zip(results.values(), gradients, strict=True) if g is not None)
+    present = {name: x for name, x in zip(SCAN_NAMES, leaves, strict=True) if x is not None}
+    grads = torch.autograd.grad(loss, list(present.values()))
+    return results | {f"d{name}": g for name, g in zip(present, grads, strict=True)}
+
+
+def check_scan(shape, dtype=torch.float32, cut=False, absent=(), softplus=True, last_state_gradient=True):
+    inputs, gradients = scan_inputs(*shape, dtype=dtype, absent=absent)
+    if not softplus:
+        inputs[1] = inputs[1].abs()
+    if not last_state_gradient:
+        gradients[1] = None
+    got, want = run_scan(inputs, gradients, softplus, cut), scan_definition(inputs, gradients, softplus)
+    for name, tensor in want.items():
+        assert_close(got[name], tensor, got[name].dtype, name)
+    for name in absent:
+        assert got[f"d{name}"].shape == (0,)
+    assert got["out"].dtype == dtype
+    for name, x in zip(SCAN_NAMES, inputs, strict=True):
+        assert x is None or got[f"d{name}"].dtype == x.dtype
+    # Chunk states are states: those of the same sequence, broken off at the chunk's start.
+    steps = scan.chunk_length(shape[2])
+    for chunk in range(1, num_chunks(shape[2])):
+        short = [x[..., : chunk * steps] if x is not None and x.ndim > 2 else x for x in inputs]
+        before = selective_scan_reference(*[None if x is None else x.cpu().double() for x in short], softplus)[1]
+        assert_close(got["chunk_states"][:, :, chunk], before, torch.float32, f"chunk state {chunk}")
+    assert not got["chunk_states"][:, :, 0].any()
+
+
+def check_scan_repeats_bit_by_bit(cut):
+    inputs, gradients = scan_inputs(1, 6, 35, 2, 2)
+    first, second = (run_scan(inputs, gradients, cut=cut) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def check_scan_item_does_not_depend_on_its_batch():
+    inputs, gradients = scan_inputs(2, 4, 19, 2, 1)
+    per_item = [0, 1, 3, 4, 6]
+    alone = run_scan([x[1:] if i in per_item else x for i, x in enumerate(inputs)], [g[1:] for g in gradients])
+    together = run_scan(inputs, gradients)
+    for name in ("out", "last_state", *(f"d{SCAN_NAMES[i]}" for i in per_item)):
+        assert torch.equal(alone[name], together[name][1:]), name
+
+
+def check_scan_of_an_empty_batch():
+    got = run_scan(*scan_inputs(0, 6, 9, 4, 2))
+    assert got["out"].shape == (0, 6, 9) and got["last_state"].shape == (0, 6, 4)
+    assert got["dB"].shape == (0, 2, 4, 9)
+    for name in ("dA", "dD", "ddelta_bias"):
+        assert not got[name].any(), name
+
+
+def check_scan_leaves_float64_to_the_portable_form():
+    inputs, gradients = scan_inputs(1, 2, 5, 2, 1)
+    inputs, gradients = ([x.double() for x in tensors] for tensors in (inputs, gradients))
+    got, want = run_scan(inputs, gradients), scan_definition(inputs, gradients)
+    for name, tensor in want.items():
+        assert_close(got[name], tensor, torch.float64, name)
+
+
+def check_carry(segments, reverse, first):
+    """The carry kernel with small tiles against a loop."""
+    batch, states, channels = 2, 3, 5
+    rng = torch.Generator().manual_seed(0)
+    A = -torch.rand(states, channels, generator=rng)
+    ends = torch.randn(batch, segments, states, channels, generator=rng)
+    dt_sums = torch.rand(batch, segments, channels, generator=rng)
+    value = torch.randn(batch, states, channels, generator=rng) if first else torch.zeros(batch, states, channels)
+    start, want = value, torch.empty_like(ends)
+    for segment in reversed(range(segments)) if reverse else range(segments):
+        want[:, segment] = value
+        value = torch.exp(A * dt_sums[:, segment, None]) * value + ends[:, segment]
+    got = torch.full_like(want, float("nan")).to(DEVICE)
+    A, ends, dt_sums, start = (x.contiguous().to(DEVICE) for x in (A, ends, dt_sums, start))
+    scan.carry_kernel[(batch * states * 3,)](
+        *(A, ends, dt_sums, start if first else None, got, channels, states, segments),
+        **{"REVERSE": reverse, "CHANNELS": 2, "TILE": 4, "num_warps": 1},
+    )
+    assert_close(got, want, torch.float32, "entering")

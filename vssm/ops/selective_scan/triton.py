@@ -1,0 +1,174 @@
+"""The selective scan on Triton kernels; `op.py` registers it for CUDA and ROCm tensors where Triton is installed.
+
+Letters: B batch, D channels, L steps, N states, G groups of B and C, S segments of the sequence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+import triton
+
+from . import portable
+from .chunks import chunk_length, num_chunks
+from .triton_backward import backward_kernel, segment_messages_kernel
+from .triton_forward import carry_kernel, scan_kernel, segment_ends_kernel
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_STATES = 256
+# The least number of warps that makes good use of the 528 schedulers of an H200. With fewer, the sequences are cut into
+# segments, which costs one more pass over them, to give about CUT_WARPS.
+FULL_WARPS = 512
+CUT_WARPS = 2048
+# States of a channel that fill the registers of a thread; with more of them several warps share a channel.
+WARP_STATES = 16
+
+
+class Plan(NamedTuple):
+    """How a call is cut into programs, each for `lanes` channels of one group and one segment of the sequence."""
+
+    lanes: int
+    blocks: int
+    warps: int
+    chunk: int
+    segment_steps: int
+    segments: int
+    programs: int
+
+
+def plan(batch: int, channels: int, groups: int, length: int, states: int) -> Plan:
+    """Cuts sequences into segments of whole chunks only where batch and channels alone leave the GPU idle."""
+    group_channels = channels // groups
+    lanes = min(32, triton.next_power_of_2(group_channels))
+    blocks = triton.cdiv(group_channels, lanes)
+    warps = triton.cdiv(triton.next_power_of_2(states), WARP_STATES)
+    sequences, chunks, chunk = batch * groups * blocks, num_chunks(length), chunk_length(length)
+    segments = 1
+    if sequences * warps < FULL_WARPS and chunks > 2:
+        segments = min(chunks, triton.cdiv(CUT_WARPS, sequences * warps))
+    segment_chunks = triton.cdiv(chunks, segments)
+    segments = triton.cdiv(chunks, segment_chunks)
+    return Plan(lanes, blocks, warps, chunk, segment_chunks * chunk, segments, sequences * segments)
+
+
+def _takes(u, delta, A, B, C, D, z, delta_bias) -> bool:
+    """The kernels take one dtype of at most 32 bits for the sequences, float32 parameters and at most 256 states."""
+    sequences = {x.dtype for x in (u, delta, B, C, z) if x is not None}
+    parameters = {x.dtype for x in (A, D, delta_bias) if x is not None}
+    return len(sequences) == 1 and u.dtype in DTYPES and parameters == {torch.float32} and A.shape[1] <= MAX_STATES
+
+
+def _device(tensor: torch.Tensor):
+    """Makes the tensor's device the current one, whose current stream Triton launches on."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+class _Call:
+    """The arguments that the kernels of one call share, and the carry from segment to segment."""
+
+    def __init__(self, u, A, B, softplus: bool):
+        self.batch, self.channels, self.length = u.shape
+        self.groups, self.states = B.shape[1], A.shape[1]
+        self.plan = plan(self.batch, self.channels, self.groups, self.length, self.states)
+        self.A = A.t().contiguous()
+        # Sixteen bytes of a channel a load, which one thread can hold as they are.
+        self.steps = 16 // u.element_size()
+        self.padded_states = triton.next_power_of_2(self.states)
+        # A length known as a multiple of `unit` makes all rows aligned, so that such a load is one access.
+        unit = next(unit for unit in (16, 8, 4, 2, 1) if self.length % unit == 0)
+        self.sizes = {
+            "channels": self.channels,
+            "group_channels": self.channels // self.groups,
+            "blocks": self.plan.blocks,
+            "units": self.length // unit,
+            "states": self.states,
+            "segment_steps": self.plan.segment_steps,
+            "segments": self.plan.segments,
+            "UNIT": unit,
+            "STATES": self.padded_states,
+            "LANES": self.plan.lanes,
+            "SOFTPLUS": softplus,
+            "num_warps": self.plan.warps,
+            "enable_fp_fusion": True,
+        }
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.A.device)
+
+    def empty_per_segment(self) -> torch.Tensor:
+        return self.empty(self.batch, self.plan.segments, self.states, self.channels)
+
+    def entering(self, kernel, inputs, first, reverse: bool) -> torch.Tensor:
+        """What enters each segment (B, S, N, D) if `kernel` finds what leaves them and `first` enters the sequence."""
+        ends, result = self.empty_per_segment(), self.empty_per_segment()
+        dt_sums = self.empty(self.batch, self.plan.segments, self.channels)
+        kernel[(self.plan.programs,)](*inputs, ends, dt_sums, **self.sizes, STEPS=self.steps)
+        # Tiles of 1,024 numbers, a sector of memory wide.
+        channels, tile = 8, 128
+        carry_kernel[(self.batch * self.states * triton.cdiv(self.channels, channels),)](
+            *(self.A, ends, dt_sums, first, result, self.channels, self.states, self.plan.segments),
+            **{"REVERSE": reverse, "CHANNELS": channels, "TILE": tile, "num_warps": 4, "enable_fp_fusion": True},
+        )
+        return result
+
+
+def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+    """`vssm::selective_scan_forward`: out (B, D, L), last state (B, D, N), chunk states (B, D, chunks, N)."""
+    inputs = (u, delta, A, B, C, D, z, delta_bias)
+    if not _takes(*inputs):
+        return portable.selective_scan_forward(*inputs, delta_softplus)
+    batch, channels, length = u.shape
+    out, last_state = torch.empty_like(u), A.new_empty((batch, channels, A.shape[1]))
+    chunk_states = A.new_empty((batch, channels, num_chunks(length), A.shape[1]))
+    if batch > 0:
+        call = _Call(u, A, B, delta_softplus)
+        with _device(u):
+            starts = None
+            if call.plan.segments > 1:
+                starts = call.entering(segment_ends_kernel, (u, delta, call.A, B, delta_bias), None, reverse=False)
+            scan_kernel[(call.plan.programs,)](
+                *(u, delta, call.A, B, C, D, z, delta_bias, starts, out, last_state, chunk_states),
+                **call.sizes,
+                chunk=call.plan.chunk,
+                STEPS=call.steps,
+            )
+    return out, last_state, chunk_states
+
+
+def backward(grad_out, grad_last_state, u, delta, A, B, C, D, z, delta_bias, chunk_states, delta_softplus):
+    """`vssm::selective_scan_backward`: gradients in the order of the inputs, empty for absent ones."""
+    inputs = (u, delta, A, B, C, D, z, delta_bias)
+    if not _takes(*inputs):
+        return portable.selective_scan_backward(grad_out, grad_last_state, *inputs, chunk_states, delta_softplus)
+    if u.shape[0] == 0:
+        return tuple(A.new_empty((0,)) if x is None else torch.zeros_like(x) for x in inputs)
+    du, ddelta, dz = torch.empty_like(u), torch.empty_like(delta), None if z is None else torch.empty_like(z)
+    call = _Call(u, A, B, delta_softplus)
+    cut, states = call.plan, call.padded_states
+    # The states of so many steps stay in registers, and so many times all states in shared memory.
+    steps = 4 if states <= 16 else 2 if states <= 64 else 1
+    # (B, S, N, D) with one segment.
+    messages = None if grad_last_state is None else grad_last_state.transpose(1, 2).contiguous()
+    dA_sums, channel_sums = call.empty_per_segment(), call.empty(2, call.batch, cut.segments, call.channels)
+    padded_length = triton.cdiv(call.length, steps) * steps
+    group_sums = call.empty(call.batch, call.groups, cut.blocks, padded_length, 2, states)
+    scratch = call.empty(cut.programs, cut.chunk // steps, states, cut.lanes)
+    with _device(u):
+        if cut.segments > 1:
+            needed = (grad_out, delta, call.A, C, z, delta_bias)
+            messages = call.entering(segment_messages_kernel, needed, messages, reverse=True)
+        backward_kernel[(cut.programs,)](
+            *(grad_out, messages, u, delta, call.A, B, C, D, z, delta_bias, chunk_states, scratch),
+            *(du, ddelta, dz, channel_sums, dA_sums, group_sums),
+            **call.sizes,
+            chunk=cut.chunk,
+            STEPS=steps,
+        )
+    dA = dA_sums.sum((0, 1)).t().contiguous()
+    dD, dbias = channel_sums.sum((1, 2)).unbind()
+    dB, dC = group_sums.sum(2)[:, :, : call.length, :, : call.states].unbind(3)
+    dB, dC = (x.transpose(-1, -2).to(u.dtype).contiguous() for x in (dB, dC))
+    gradients = (du, ddelta, dA, dB, dC, dD, dz, dbias)
+    return tuple(A.new_empty((0,)) if x is None else grad for x, grad in zip(inputs, gradients, strict=True))
