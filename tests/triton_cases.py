@@ -11,6 +11,8 @@ import contextlib
 import torch
 from tolerances import assert_close
 
+from vssm.ops.causal_conv1d import triton as conv
+from vssm.ops.causal_conv1d.reference import causal_conv1d_reference
 from vssm.ops.selective_scan import triton as scan
 from vssm.ops.selective_scan.chunks import num_chunks
 from vssm.ops.selective_scan.reference import selective_scan_reference
@@ -34,12 +36,15 @@ def _set(module, **values):
 
 @contextlib.contextmanager
 def _poisoned_memory():
-    """Fills what torch.empty and torch.empty_like return with NaN, so that an output nobody writes shows."""
+    """Fills what torch.empty and friends return with NaN, so that an output nobody writes shows."""
 
     def poison(function):
         return lambda *args, **kwargs: function(*args, **kwargs).fill_(float("nan"))
 
-    with _set(torch, empty=poison(torch.empty), empty_like=poison(torch.empty_like)):
+    with (
+        _set(torch, empty=poison(torch.empty), empty_like=poison(torch.empty_like)),
+        _set(torch.Tensor, new_empty=poison(torch.Tensor.new_empty)),
+    ):
         yield
 
 
@@ -162,3 +167,43 @@ def check_carry(segments, reverse, first):
         **{"REVERSE": reverse, "CHANNELS": 2, "TILE": 4, "num_warps": 1},
     )
     assert_close(got, want, torch.float32, "entering")
+
+
+def conv_inputs(batch, channels, length, taps, dtype=torch.float32, bias=True):
+    """x, weight, bias or None, and the gradient of the output."""
+    rng = torch.Generator().manual_seed(0)
+    sequences = [torch.randn(batch, channels, length, generator=rng) for _ in range(2)]
+    weight, bias_values = torch.randn(channels, taps, generator=rng), torch.randn(channels, generator=rng)
+    x, grad_out = sequences[0].to(dtype), sequences[1].mul(8).round().div(8).to(dtype)
+    return [None if t is None else t.to(DEVICE) for t in (x, weight, bias_values if bias else None, grad_out)]
+
+
+def run_conv(x, weight, bias, grad_out, silu):
+    """out, dx, dweight, dbias of the kernels."""
+    with _poisoned_memory():
+        return conv.forward(x, weight, bias, silu), *conv.backward(grad_out, x, weight, bias, silu)
+
+
+def check_conv(shape, dtype=torch.float32, silu=True, bias=True, weight_dtype=torch.float32):
+    x, weight, bias, grad_out = conv_inputs(*shape, dtype=dtype, bias=bias)
+    weight, bias = (None if t is None else t.to(weight_dtype) for t in (weight, bias))
+    got = run_conv(x, weight, bias, grad_out, silu)
+    leaves = [None if t is None else t.cpu().double().requires_grad_() for t in (x, weight, bias)]
+    want = causal_conv1d_reference(*leaves, silu)
+    want = [want, *torch.autograd.grad(want, [t for t in leaves if t is not None], grad_out.cpu().double())]
+    for name, tensor, definition in zip(("out", "dx", "dweight", "dbias"), got, want, strict=False):
+        assert_close(tensor, definition, tensor.dtype, name)
+    assert [t.dtype for t in got] == [dtype, dtype, weight_dtype, weight_dtype]
+    assert got[3].shape == ((0,) if bias is None else bias.shape)
+
+
+def check_conv_repeats_bit_by_bit():
+    inputs = conv_inputs(2, 3, 70, 4)
+    for first, second in zip(*(run_conv(*inputs, True) for _ in range(2)), strict=True):
+        assert torch.equal(first, second)
+
+
+def check_conv_of_an_empty_batch():
+    out, dx, dweight, dbias = run_conv(*conv_inputs(0, 6, 9, 4), True)
+    assert out.shape == dx.shape == (0, 6, 9)
+    assert torch.equal(dweight.cpu(), torch.zeros(6, 4)) and torch.equal(dbias.cpu(), torch.zeros(6))

@@ -90,6 +90,38 @@ def test_the_carry_over_segments_agrees_with_a_loop(check, segments, reverse, fi
     check("check_carry", segments, reverse, first)
 
 
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_convolution_agrees_with_the_definition_in_every_dtype(check, dtype, silu):
+    check("check_conv", (2, 6, 37, 4), dtype, silu)
+
+
+@pytest.mark.parametrize(
+    "shape",  # batch, channels, length, taps
+    [(1, 1, 1, 4), (2, 33, 2, 3), (1, 5, 129, 1), (1, 3, 600, 7), (1, 2, 4500, 2), (1, 3, 16, 9)],
+    ids=str,
+)
+def test_convolution_agrees_with_the_definition_for_every_shape(check, shape):
+    check("check_conv", shape)
+
+
+def test_convolution_needs_no_bias(check):
+    check("check_conv", (2, 20, 45, 4), bias=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_weights_of_the_convolution_may_be_half_precision(check, dtype):
+    check("check_conv", (1, 3, 20, 4), dtype, weight_dtype=dtype)
+
+
+def test_the_convolution_gives_the_same_bits_every_time(check):
+    check("check_conv_repeats_bit_by_bit")
+
+
+def test_an_empty_batch_is_convolved_to_nothing_with_zero_gradients(check):
+    check("check_conv_of_an_empty_batch")
+
+
 @pytest.fixture
 def with_gpu(monkeypatch):
     """`vssm info` then looks at a GPU, whether there is one or not."""
@@ -97,7 +129,7 @@ def with_gpu(monkeypatch):
     return lambda reason: monkeypatch.setattr(gpu, "reason", reason)
 
 
-@pytest.mark.parametrize("op", ["selective_scan"])
+@pytest.mark.parametrize("op", ["selective_scan", "causal_conv1d"])
 def test_info_names_the_kernel_of_a_gpu_or_why_there_is_none(with_gpu, op):
     with_gpu("")
     assert backends.Backend(op, "cuda", "triton", "") in backends.status()

@@ -17,6 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from vssm.ops.causal_conv1d import triton as conv
 from vssm.ops.selective_scan import triton as scan
 
 TARGETS = {"H200": GPUTarget("cuda", 90, 32), "MI300": GPUTarget("hip", "gfx942", 64)}
@@ -92,3 +93,20 @@ def test_the_scan_compiles(compiled, target, shape, dtype, optional):
     for name, kernel in kernels.items():
         # What a program of an MI300 may have; an H200 gives 227 KiB.
         assert kernel.metadata.shared <= 64 * 1024, name
+
+
+@pytest.mark.parametrize(
+    "target,shape,dtype,optional",
+    [
+        ("H200", (1, 64, 262_144, 4), torch.bfloat16, True),
+        ("H200", (3, 1, 49, 1), torch.float32, False),
+        ("MI300", (1, 64, 196, 4), torch.float16, True),
+    ],
+)
+def test_the_convolution_compiles(compiled, target, shape, dtype, optional):
+    *size, taps = shape
+    x = torch.empty(size, dtype=dtype, device="meta")
+    weight, bias = torch.empty(size[1], taps, device="meta"), torch.empty(size[1], device="meta") if optional else None
+    kernels, out = compiled(target, conv.forward, x, weight, bias, optional)
+    kernels |= compiled(target, conv.backward, out, x, weight, bias, optional)[0]
+    assert kernels.keys() == {"forward_kernel", "backward_kernel"}

@@ -1,4 +1,4 @@
-"""Pieces shared by the Triton kernels: register tiles cut into columns, sums over lanes, softplus.
+"""Pieces shared by the Triton kernels and their launchers: register tiles cut into columns, sums over lanes, softplus.
 
 Imported by the kernels only: this file needs triton.
 """
@@ -8,8 +8,27 @@ Imported by the kernels only: this file needs triton.
 
 from __future__ import annotations
 
+import contextlib
+
+import torch
 import triton
 import triton.language as tl
+
+# What the kernels take for sequences; they accumulate in float32.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Makes the tensor's device the current one, whose current stream Triton launches on."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def unit_of(length: int) -> int:
+    """The largest power of two up to 16 that divides `length`.
+
+    A kernel that gets a row length as a multiple of a constant knows how rows are aligned, and loads 16 bytes at once.
+    """
+    return next(unit for unit in (16, 8, 4, 2, 1) if length % unit == 0)
 
 
 @triton.jit

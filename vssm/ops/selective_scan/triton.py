@@ -5,18 +5,17 @@ Letters: B batch, D channels, L steps, N states, G groups of B and C, S segments
 
 from __future__ import annotations
 
-import contextlib
 from typing import NamedTuple
 
 import torch
 import triton
 
+from ..tiles import DTYPES, on_device, unit_of
 from . import portable
 from .chunks import chunk_length, num_chunks
 from .triton_backward import backward_kernel, segment_messages_kernel
 from .triton_forward import carry_kernel, scan_kernel, segment_ends_kernel
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_STATES = 256
 # The least number of warps that makes good use of the 528 schedulers of an H200. With fewer, the sequences are cut into
 # segments, which costs one more pass over them, to give about CUT_WARPS.
@@ -60,11 +59,6 @@ def _takes(u, delta, A, B, C, D, z, delta_bias) -> bool:
     return len(sequences) == 1 and u.dtype in DTYPES and parameters == {torch.float32} and A.shape[1] <= MAX_STATES
 
 
-def _device(tensor: torch.Tensor):
-    """Makes the tensor's device the current one, whose current stream Triton launches on."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
 class _Call:
     """The arguments that the kernels of one call share, and the carry from segment to segment."""
 
@@ -76,8 +70,7 @@ class _Call:
         # Sixteen bytes of a channel a load, which one thread can hold as they are.
         self.steps = 16 // u.element_size()
         self.padded_states = triton.next_power_of_2(self.states)
-        # A length known as a multiple of `unit` makes all rows aligned, so that such a load is one access.
-        unit = next(unit for unit in (16, 8, 4, 2, 1) if self.length % unit == 0)
+        unit = unit_of(self.length)
         self.sizes = {
             "channels": self.channels,
             "group_channels": self.channels // self.groups,
@@ -124,7 +117,7 @@ def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
     chunk_states = A.new_empty((batch, channels, num_chunks(length), A.shape[1]))
     if batch > 0:
         call = _Call(u, A, B, delta_softplus)
-        with _device(u):
+        with on_device(u):
             starts = None
             if call.plan.segments > 1:
                 starts = call.entering(segment_ends_kernel, (u, delta, call.A, B, delta_bias), None, reverse=False)
@@ -155,7 +148,7 @@ def backward(grad_out, grad_last_state, u, delta, A, B, C, D, z, delta_bias, chu
     padded_length = triton.cdiv(call.length, steps) * steps
     group_sums = call.empty(call.batch, call.groups, cut.blocks, padded_length, 2, states)
     scratch = call.empty(cut.programs, cut.chunk // steps, states, cut.lanes)
-    with _device(u):
+    with on_device(u):
         if cut.segments > 1:
             needed = (grad_out, delta, call.A, C, z, delta_bias)
             messages = call.entering(segment_messages_kernel, needed, messages, reverse=True)
