@@ -13,12 +13,16 @@ from tolerances import assert_close
 
 from vssm.ops.causal_conv1d import triton as conv
 from vssm.ops.causal_conv1d.reference import causal_conv1d_reference
+from vssm.ops.cross_selective_scan import triton as cross
+from vssm.ops.cross_selective_scan.portable import cross_selective_scan_forward
+from vssm.ops.cross_selective_scan.reference import cross_selective_scan_reference
 from vssm.ops.selective_scan import triton as scan
 from vssm.ops.selective_scan.chunks import num_chunks
 from vssm.ops.selective_scan.reference import selective_scan_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCAN_NAMES = "u delta A B C D z delta_bias".split()
+CROSS_NAMES = "x dt_b_c dt_weight A order D delta_bias".split()
 
 
 @contextlib.contextmanager
@@ -39,7 +43,11 @@ def _poisoned_memory():
     """Fills what torch.empty and friends return with NaN, so that an output nobody writes shows."""
 
     def poison(function):
-        return lambda *args, **kwargs: function(*args, **kwargs).fill_(float("nan"))
+        def poisoned(*args, **kwargs):
+            tensor = function(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return poisoned
 
     with (
         _set(torch, empty=poison(torch.empty), empty_like=poison(torch.empty_like)),
@@ -117,7 +125,7 @@ def check_scan(shape, dtype=torch.float32, cut=False, absent=(), softplus=True, 
 
 
 def check_scan_repeats_bit_by_bit(cut):
-    inputs, gradients = scan_inputs(1, 6, 35, 2, 2)
+    inputs, gradients = scan_inputs(1, 6, 33, 2, 1)
     first, second = (run_scan(inputs, gradients, cut=cut) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
@@ -207,3 +215,95 @@ def check_conv_of_an_empty_batch():
     out, dx, dweight, dbias = run_conv(*conv_inputs(0, 6, 9, 4), True)
     assert out.shape == dx.shape == (0, 6, 9)
     assert torch.equal(dweight.cpu(), torch.zeros(6, 4)) and torch.equal(dbias.cpu(), torch.zeros(6))
+
+
+def cross_inputs(batch, positions, channels, routes, steps, states, rank, own=False, dtype=torch.float32, absent=()):
+    """The seven inputs of the scan along routes, None for absent ones, and the gradient of y.
+
+    Routes that are longer than the map is large have steps of padding, shorter ones leave positions out.
+    """
+    rng = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=rng)
+
+    order = torch.full((routes, steps), -1, dtype=torch.int32)
+    for table in order:
+        visited = torch.randperm(positions, generator=rng)[:steps]
+        table[torch.randperm(steps, generator=rng)[: len(visited)].sort().values] = visited.int()
+    shape = (batch, positions, routes, channels) if own else (batch, positions, channels)
+    inputs = {
+        "x": normal(*shape).to(dtype),
+        "dt_b_c": normal(batch, positions, routes, rank + 2 * states).to(dtype),
+        "dt_weight": normal(routes, channels, rank) / rank**0.5,
+        "A": -torch.exp(normal(routes, channels, states) / 2),
+        "order": order,
+        "D": normal(routes, channels),
+        "delta_bias": normal(routes, channels) / 2 - 1,
+    }
+    grad_y = normal(*shape).mul(8).round().div(8).to(dtype)
+    return [None if name in absent else inputs[name].to(DEVICE) for name in CROSS_NAMES], grad_y.to(DEVICE)
+
+
+def run_cross(inputs, grad_y, softplus=True, way="together"):
+    """y, chunk states and gradients of the kernels; programs walk all routes, or one, or segments of one."""
+    warps = {"together": 0, "apart": 10**9, "segments": 10**9}[way]
+    with (
+        _set(cross, TOGETHER_WARPS=warps),
+        _set(scan, FULL_WARPS=10**9 if way == "segments" else 0),
+        _poisoned_memory(),
+    ):
+        y, chunk_states = cross.forward(*inputs, softplus)
+        return y, chunk_states, *cross.backward(grad_y, *inputs, chunk_states, softplus)
+
+
+def check_cross(shape, way="together", dtype=torch.float32, absent=(), softplus=True, own=False):
+    inputs, grad_y = cross_inputs(*shape, own=own, dtype=dtype, absent=absent)
+    y, chunk_states, *gradients = run_cross(inputs, grad_y, softplus, way)
+    exact = [t if t is None else t.cpu() if t.dtype == torch.int32 else t.cpu().double() for t in inputs]
+    assert_close(chunk_states, cross_selective_scan_forward(*exact, softplus)[1], torch.float32, "chunk states")
+    leaves = [t for t in exact if t is not None and t.is_floating_point()]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    want = cross_selective_scan_reference(*exact, softplus)
+    assert_close(y, want, dtype, "y")
+    want = iter(torch.autograd.grad(want, leaves, grad_y.cpu().double()))
+    names = [name for name in CROSS_NAMES if name != "order"]
+    for name, got in zip(names, gradients, strict=True):
+        if name in absent:
+            assert got.shape == (0,)
+        else:
+            assert got.dtype == inputs[CROSS_NAMES.index(name)].dtype
+            assert_close(got, next(want), got.dtype, f"d{name}")
+
+
+def check_cross_repeats_bit_by_bit(way):
+    inputs, grad_y = cross_inputs(1, 33, 2, 1, 33, 1, 1) if way == "segments" else cross_inputs(1, 12, 3, 2, 12, 1, 2)
+    for first, second in zip(*(run_cross(inputs, grad_y, way=way) for _ in range(2)), strict=True):
+        assert torch.equal(first, second)
+
+
+def check_cross_takes_any_number_that_is_no_position_for_padding():
+    inputs, grad_y = cross_inputs(1, 9, 3, 2, 12, 1, 2)
+    strange = inputs.copy()
+    strange[4] = torch.where(inputs[4] < 0, torch.tensor([[9], [-7]], device=DEVICE, dtype=torch.int32), inputs[4])
+    assert not torch.equal(strange[4], inputs[4])
+    for got, want in zip(run_cross(strange, grad_y), run_cross(inputs, grad_y), strict=True):
+        assert torch.equal(got, want)
+
+
+def check_cross_of_an_empty_batch():
+    y, _, dx, dnumbers, *parameters = run_cross(*cross_inputs(0, 9, 4, 2, 9, 1, 2))
+    assert y.shape == dx.shape == (0, 9, 4) and dnumbers.shape == (0, 9, 2, 4)
+    assert not any(gradient.any() for gradient in parameters)
+
+
+def check_cross_leaves_what_is_too_large_to_the_portable_form():
+    for shape, double in (((1, 5, 2, 1, 5, 1, 65), False), ((1, 5, 2, 2, 5, 1, 1), True)):
+        inputs, grad_y = cross_inputs(*shape)
+        if double:
+            inputs = [t if t.dtype == torch.int32 else t.double() for t in inputs]
+            grad_y = grad_y.double()
+        portable = cross_selective_scan_forward(*inputs, True)
+        y, chunk_states, *_ = run_cross(inputs, grad_y)
+        assert torch.equal(y, portable[0]) and torch.equal(chunk_states, portable[1])

@@ -122,6 +122,59 @@ def test_an_empty_batch_is_convolved_to_nothing_with_zero_gradients(check):
     check("check_conv_of_an_empty_batch")
 
 
+WAYS = ("together", "apart", "segments")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scan_along_routes_agrees_with_the_definition_in_every_dtype(check, dtype, way):
+    check("check_cross", (1, 35, 3, 2, 37, 1, 2), way, dtype)
+
+
+@pytest.mark.parametrize("way", ["together", "segments"])
+@pytest.mark.parametrize(
+    "shape",  # batch, positions, channels, routes, steps, states, rank
+    [
+        (2, 1, 1, 1, 1, 1, 1),
+        (1, 40, 2, 1, 33, 3, 2),
+        (2, 6, 33, 3, 6, 1, 1),
+        (1, 5, 2, 2, 4, 16, 3),
+        (1, 5, 2, 1, 5, 20, 40),
+    ],
+    ids=str,
+)
+def test_scan_along_routes_agrees_with_the_definition_for_every_shape(check, shape, way):
+    check("check_cross", shape, way)
+
+
+@pytest.mark.parametrize("states,way", [(1, "apart"), (2, "segments")])
+def test_routes_may_have_channels_of_their_own(check, states, way):
+    check("check_cross", (1, 34, 3, 2, 35, states, 2), way, own=True)
+
+
+@pytest.mark.parametrize("softplus", [True, False])
+@pytest.mark.parametrize("absent", [("D",), ("delta_bias",), ("D", "delta_bias")], ids="-".join)
+def test_optional_inputs_of_the_scan_along_routes_can_be_left_out(check, absent, softplus):
+    check("check_cross", (1, 6, 2, 2, 7, 1, 1), absent=absent, softplus=softplus)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_scan_along_routes_gives_the_same_bits_every_time(check, way):
+    check("check_cross_repeats_bit_by_bit", way)
+
+
+def test_any_number_that_is_no_position_is_padding(check):
+    check("check_cross_takes_any_number_that_is_no_position_for_padding")
+
+
+def test_routes_of_an_empty_batch_give_empty_output_and_zero_gradients(check):
+    check("check_cross_of_an_empty_batch")
+
+
+def test_routes_in_float64_or_of_high_rank_go_to_the_portable_form(check):
+    check("check_cross_leaves_what_is_too_large_to_the_portable_form")
+
+
 @pytest.fixture
 def with_gpu(monkeypatch):
     """`vssm info` then looks at a GPU, whether there is one or not."""
@@ -129,7 +182,7 @@ def with_gpu(monkeypatch):
     return lambda reason: monkeypatch.setattr(gpu, "reason", reason)
 
 
-@pytest.mark.parametrize("op", ["selective_scan", "causal_conv1d"])
+@pytest.mark.parametrize("op", ["selective_scan", "causal_conv1d", "cross_selective_scan"])
 def test_info_names_the_kernel_of_a_gpu_or_why_there_is_none(with_gpu, op):
     with_gpu("")
     assert backends.Backend(op, "cuda", "triton", "") in backends.status()

@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vssm.ops.causal_conv1d import triton as conv
+from vssm.ops.cross_selective_scan import triton as cross
 from vssm.ops.selective_scan import triton as scan
 
 TARGETS = {"H200": GPUTarget("cuda", 90, 32), "MI300": GPUTarget("hip", "gfx942", 64)}
@@ -110,3 +111,31 @@ def test_the_convolution_compiles(compiled, target, shape, dtype, optional):
     kernels, out = compiled(target, conv.forward, x, weight, bias, optional)
     kernels |= compiled(target, conv.backward, out, x, weight, bias, optional)[0]
     assert kernels.keys() == {"forward_kernel", "backward_kernel"}
+
+
+@pytest.mark.parametrize(
+    "target,shape,own,dtype,optional",  # batch, positions, channels, routes, steps, states, rank
+    [
+        ("H200", (128, 3136, 96, 4, 3136, 1, 6), False, torch.float32, True),
+        ("H200", (1, 262_144, 48, 3, 262_144, 16, 3), True, torch.bfloat16, True),
+        ("H200", (1, 1, 1, 1, 1, 1, 1), False, torch.float16, False),
+        ("MI300", (1, 3136, 40, 4, 3140, 1, 6), False, torch.float32, True),
+    ],
+)
+def test_the_scan_along_routes_compiles(compiled, target, shape, own, dtype, optional):
+    batch, positions, channels, routes, steps, states, rank = shape
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x = empty(batch, positions, *[routes] * own, channels, dtype=dtype)
+    numbers = empty(batch, positions, routes, rank + 2 * states, dtype=dtype)
+    skip = empty(routes, channels) if optional else None
+    weight, A, order = empty(routes, channels, rank), empty(routes, channels, states), empty(routes, steps).int()
+    inputs = x, numbers, weight, A, order, skip, skip
+    kernels, (y, chunk_states) = compiled(target, cross.forward, *inputs, True)
+    kernels |= compiled(target, cross.backward, y, *inputs, chunk_states, True)[0]
+    cut = {"segment_ends_kernel", "segment_messages_kernel", "carry_kernel"}
+    assert kernels.keys() == {"scan_kernel", "backward_kernel"} | (cut if batch == 1 and steps > 1 else set())
+    for name, kernel in kernels.items():
+        assert kernel.metadata.shared <= 64 * 1024, name

@@ -5,8 +5,6 @@ Letters: B batch, D channels, L steps, N states, G groups of B and C, S segments
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 
@@ -25,31 +23,36 @@ CUT_WARPS = 2048
 WARP_STATES = 16
 
 
-class Plan(NamedTuple):
-    """How a call is cut into programs, each for `lanes` channels of one group and one segment of the sequence."""
-
-    lanes: int
-    blocks: int
-    warps: int
-    chunk: int
-    segment_steps: int
-    segments: int
-    programs: int
+def warps_of(states: int) -> int:
+    """Warps that share a channel of so many states."""
+    return triton.cdiv(triton.next_power_of_2(states), WARP_STATES)
 
 
-def plan(batch: int, channels: int, groups: int, length: int, states: int) -> Plan:
-    """Cuts sequences into segments of whole chunks only where batch and channels alone leave the GPU idle."""
-    group_channels = channels // groups
-    lanes = min(32, triton.next_power_of_2(group_channels))
-    blocks = triton.cdiv(group_channels, lanes)
-    warps = triton.cdiv(triton.next_power_of_2(states), WARP_STATES)
-    sequences, chunks, chunk = batch * groups * blocks, num_chunks(length), chunk_length(length)
-    segments = 1
-    if sequences * warps < FULL_WARPS and chunks > 2:
-        segments = min(chunks, triton.cdiv(CUT_WARPS, sequences * warps))
+def backward_steps(states: int) -> int:
+    """Steps of a piece of the backward walk, of which a thread holds all states and shared memory their products."""
+    return 4 if states <= 16 else 2 if states <= 64 else 1
+
+
+def segments_of(length: int, warps: int) -> tuple[int, int]:
+    """Steps of a segment, whole chunks, and segments of a sequence: one where `warps` without cutting are enough."""
+    chunks, segments = num_chunks(length), 1
+    if warps < FULL_WARPS and chunks > 2:
+        segments = min(chunks, triton.cdiv(CUT_WARPS, max(1, warps)))
     segment_chunks = triton.cdiv(chunks, segments)
-    segments = triton.cdiv(chunks, segment_chunks)
-    return Plan(lanes, blocks, warps, chunk, segment_chunks * chunk, segments, sequences * segments)
+    return segment_chunks * chunk_length(length), triton.cdiv(chunks, segment_chunks)
+
+
+def carry(A, ends, dt_sums, first, reverse: bool) -> torch.Tensor:
+    """What enters each segment, like `ends` (B, S, N, D), the first from `first` (B, N, D) or zero; A is (N, D)."""
+    batch, segments, states, channels = ends.shape
+    result = torch.empty_like(ends)
+    # Tiles of 1,024 numbers, a sector of memory wide.
+    width, tile = 8, 128
+    carry_kernel[(batch * states * triton.cdiv(channels, width),)](
+        *(A, ends, dt_sums, first, result, channels, states, segments),
+        **{"REVERSE": reverse, "CHANNELS": width, "TILE": tile, "num_warps": 4, "enable_fp_fusion": True},
+    )
+    return result
 
 
 def _takes(u, delta, A, B, C, D, z, delta_bias) -> bool:
@@ -60,12 +63,18 @@ def _takes(u, delta, A, B, C, D, z, delta_bias) -> bool:
 
 
 class _Call:
-    """The arguments that the kernels of one call share, and the carry from segment to segment."""
+    """How a call is cut into programs, each for `lanes` channels of one group and one segment, and what they share."""
 
     def __init__(self, u, A, B, softplus: bool):
         self.batch, self.channels, self.length = u.shape
         self.groups, self.states = B.shape[1], A.shape[1]
-        self.plan = plan(self.batch, self.channels, self.groups, self.length, self.states)
+        group_channels = self.channels // self.groups
+        self.lanes = min(32, triton.next_power_of_2(group_channels))
+        self.blocks = triton.cdiv(group_channels, self.lanes)
+        sequences, warps = self.batch * self.groups * self.blocks, warps_of(self.states)
+        self.segment_steps, self.segments = segments_of(self.length, sequences * warps)
+        self.programs = sequences * self.segments
+        self.chunk = chunk_length(self.length)
         self.A = A.t().contiguous()
         # Sixteen bytes of a channel a load, which one thread can hold as they are.
         self.steps = 16 // u.element_size()
@@ -73,17 +82,17 @@ class _Call:
         unit = unit_of(self.length)
         self.sizes = {
             "channels": self.channels,
-            "group_channels": self.channels // self.groups,
-            "blocks": self.plan.blocks,
+            "group_channels": group_channels,
+            "blocks": self.blocks,
             "units": self.length // unit,
             "states": self.states,
-            "segment_steps": self.plan.segment_steps,
-            "segments": self.plan.segments,
+            "segment_steps": self.segment_steps,
+            "segments": self.segments,
             "UNIT": unit,
             "STATES": self.padded_states,
-            "LANES": self.plan.lanes,
+            "LANES": self.lanes,
             "SOFTPLUS": softplus,
-            "num_warps": self.plan.warps,
+            "num_warps": warps,
             "enable_fp_fusion": True,
         }
 
@@ -91,20 +100,13 @@ class _Call:
         return torch.empty(shape, dtype=torch.float32, device=self.A.device)
 
     def empty_per_segment(self) -> torch.Tensor:
-        return self.empty(self.batch, self.plan.segments, self.states, self.channels)
+        return self.empty(self.batch, self.segments, self.states, self.channels)
 
     def entering(self, kernel, inputs, first, reverse: bool) -> torch.Tensor:
         """What enters each segment (B, S, N, D) if `kernel` finds what leaves them and `first` enters the sequence."""
-        ends, result = self.empty_per_segment(), self.empty_per_segment()
-        dt_sums = self.empty(self.batch, self.plan.segments, self.channels)
-        kernel[(self.plan.programs,)](*inputs, ends, dt_sums, **self.sizes, STEPS=self.steps)
-        # Tiles of 1,024 numbers, a sector of memory wide.
-        channels, tile = 8, 128
-        carry_kernel[(self.batch * self.states * triton.cdiv(self.channels, channels),)](
-            *(self.A, ends, dt_sums, first, result, self.channels, self.states, self.plan.segments),
-            **{"REVERSE": reverse, "CHANNELS": channels, "TILE": tile, "num_warps": 4, "enable_fp_fusion": True},
-        )
-        return result
+        ends, dt_sums = self.empty_per_segment(), self.empty(self.batch, self.segments, self.channels)
+        kernel[(self.programs,)](*inputs, ends, dt_sums, **self.sizes, STEPS=self.steps)
+        return carry(self.A, ends, dt_sums, first, reverse)
 
 
 def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
@@ -119,12 +121,12 @@ def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
         call = _Call(u, A, B, delta_softplus)
         with on_device(u):
             starts = None
-            if call.plan.segments > 1:
+            if call.segments > 1:
                 starts = call.entering(segment_ends_kernel, (u, delta, call.A, B, delta_bias), None, reverse=False)
-            scan_kernel[(call.plan.programs,)](
+            scan_kernel[(call.programs,)](
                 *(u, delta, call.A, B, C, D, z, delta_bias, starts, out, last_state, chunk_states),
                 **call.sizes,
-                chunk=call.plan.chunk,
+                chunk=call.chunk,
                 STEPS=call.steps,
             )
     return out, last_state, chunk_states
@@ -139,24 +141,23 @@ def backward(grad_out, grad_last_state, u, delta, A, B, C, D, z, delta_bias, chu
         return tuple(A.new_empty((0,)) if x is None else torch.zeros_like(x) for x in inputs)
     du, ddelta, dz = torch.empty_like(u), torch.empty_like(delta), None if z is None else torch.empty_like(z)
     call = _Call(u, A, B, delta_softplus)
-    cut, states = call.plan, call.padded_states
-    # The states of so many steps stay in registers, and so many times all states in shared memory.
-    steps = 4 if states <= 16 else 2 if states <= 64 else 1
+    states = call.padded_states
+    steps = backward_steps(states)
     # (B, S, N, D) with one segment.
     messages = None if grad_last_state is None else grad_last_state.transpose(1, 2).contiguous()
-    dA_sums, channel_sums = call.empty_per_segment(), call.empty(2, call.batch, cut.segments, call.channels)
+    dA_sums, channel_sums = call.empty_per_segment(), call.empty(2, call.batch, call.segments, call.channels)
     padded_length = triton.cdiv(call.length, steps) * steps
-    group_sums = call.empty(call.batch, call.groups, cut.blocks, padded_length, 2, states)
-    scratch = call.empty(cut.programs, cut.chunk // steps, states, cut.lanes)
+    group_sums = call.empty(call.batch, call.groups, call.blocks, padded_length, 2, states)
+    scratch = call.empty(call.programs, call.chunk // steps, states, call.lanes)
     with on_device(u):
-        if cut.segments > 1:
+        if call.segments > 1:
             needed = (grad_out, delta, call.A, C, z, delta_bias)
             messages = call.entering(segment_messages_kernel, needed, messages, reverse=True)
-        backward_kernel[(cut.programs,)](
+        backward_kernel[(call.programs,)](
             *(grad_out, messages, u, delta, call.A, B, C, D, z, delta_bias, chunk_states, scratch),
             *(du, ddelta, dz, channel_sums, dA_sums, group_sums),
             **call.sizes,
-            chunk=cut.chunk,
+            chunk=call.chunk,
             STEPS=steps,
         )
     dA = dA_sums.sum((0, 1)).t().contiguous()
