@@ -11,11 +11,14 @@ import contextlib
 import torch
 from tolerances import assert_close
 
+from vssm.ops.causal_conv1d import op as conv_op
 from vssm.ops.causal_conv1d import triton as conv
 from vssm.ops.causal_conv1d.reference import causal_conv1d_reference
+from vssm.ops.cross_selective_scan import op as cross_op
 from vssm.ops.cross_selective_scan import triton as cross
 from vssm.ops.cross_selective_scan.portable import cross_selective_scan_forward
 from vssm.ops.cross_selective_scan.reference import cross_selective_scan_reference
+from vssm.ops.selective_scan import op as scan_op
 from vssm.ops.selective_scan import triton as scan
 from vssm.ops.selective_scan.chunks import num_chunks
 from vssm.ops.selective_scan.reference import selective_scan_reference
@@ -23,6 +26,14 @@ from vssm.ops.selective_scan.reference import selective_scan_reference
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCAN_NAMES = "u delta A B C D z delta_bias".split()
 CROSS_NAMES = "x dt_b_c dt_weight A order D delta_bias".split()
+
+
+def check_interpreter():
+    """Raises what Triton's interpreter raises if it cannot run a loop, as with a NumPy newer than it knows."""
+    scan.carry_kernel[(1,)](
+        *(torch.ones(1), torch.ones(1), torch.ones(1), None, torch.ones(1), 1, 1, 1),
+        **{"REVERSE": False, "CHANNELS": 1, "TILE": 2},
+    )
 
 
 @contextlib.contextmanager
@@ -307,3 +318,25 @@ def check_cross_leaves_what_is_too_large_to_the_portable_form():
         portable = cross_selective_scan_forward(*inputs, True)
         y, chunk_states, *_ = run_cross(inputs, grad_y)
         assert torch.equal(y, portable[0]) and torch.equal(chunk_states, portable[1])
+
+
+def _check_op(module, kernels, arguments):
+    """The kernels in the place of those of the native library: what they return must suit the dispatcher."""
+    for op, kernel in ((module.forward_op, kernels.forward), (module.backward_op, kernels.backward)):
+        op.register_kernel(DEVICE)(kernel)
+    leaves = [t.requires_grad_() if torch.is_tensor(t) and t.is_floating_point() else t for t in arguments]
+    torch.library.opcheck(module.forward_op, leaves, test_utils=("test_schema", "test_autograd_registration"))
+    results = module.forward_op(*leaves)
+    out = results if torch.is_tensor(results) else results[0]
+    out.float().sum().backward()
+    assert all(leaf.grad.shape == leaf.shape for leaf in leaves if torch.is_tensor(leaf) and leaf.requires_grad)
+
+
+def check_the_dispatcher_takes_what_the_kernels_return(op):
+    # One of everything: tensors of one number are contiguous however they were cut out of others.
+    if op == "selective_scan":
+        _check_op(scan_op, scan, (*scan_inputs(1, 1, 1, 1, 1)[0], True))
+    elif op == "causal_conv1d":
+        _check_op(conv_op, conv, (*conv_inputs(1, 1, 1, 1)[:3], True))
+    else:
+        _check_op(cross_op, cross, (*cross_inputs(1, 1, 1, 1, 1, 1, 1)[0], True))

@@ -226,5 +226,6 @@ def backward(grad_out, x, weight, bias, silu):
                 SUMS=sums_of_row,
             )
         sums = sums.sum((0, 2))
-    dbias = weight.new_empty((0,)) if bias is None else sums[:, taps].to(bias.dtype)
-    return dx, sums[:, :taps].to(weight.dtype).contiguous(), dbias
+    dweight = torch.empty_like(weight).copy_(sums[:, :taps])
+    dbias = weight.new_empty((0,)) if bias is None else torch.empty_like(bias).copy_(sums[:, taps])
+    return dx, dweight, dbias

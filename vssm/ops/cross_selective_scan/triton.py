@@ -164,7 +164,7 @@ def backward(grad_y, x, dt_b_c, dt_weight, A, order, D, delta_bias, chunk_states
         """(B, S, Z, K * D) to (K, D, Z)."""
         return sums.sum((0, 1)).unflatten(1, (call.routes, call.channels)).permute(1, 2, 0).contiguous()
 
-    dD, dbias = channel_sums.sum((1, 2)).unbind()
+    dD, dbias = (sums.sum((0, 1)) for sums in channel_sums)
     dweight, dA = parameter(weight_sums).to(dt_weight.dtype), parameter(dA_sums)
     gradients = (call.summed(dx, x), number_sums.sum(0).to(x.dtype), dweight, dA, dD, dbias)
     return tuple(A.new_empty((0,)) if t is None else grad for t, grad in zip(inputs, gradients, strict=True))

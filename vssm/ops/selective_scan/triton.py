@@ -161,8 +161,8 @@ def backward(grad_out, grad_last_state, u, delta, A, B, C, D, z, delta_bias, chu
             STEPS=steps,
         )
     dA = dA_sums.sum((0, 1)).t().contiguous()
-    dD, dbias = channel_sums.sum((1, 2)).unbind()
-    dB, dC = group_sums.sum(2)[:, :, : call.length, :, : call.states].unbind(3)
-    dB, dC = (x.transpose(-1, -2).to(u.dtype).contiguous() for x in (dB, dC))
+    dD, dbias = (sums.sum((0, 1)) for sums in channel_sums)
+    group_gradients = group_sums.sum(2)[:, :, : call.length, :, : call.states].unbind(3)
+    dB, dC = (torch.empty_like(x).copy_(grad.mT) for x, grad in zip((B, C), group_gradients, strict=True))
     gradients = (du, ddelta, dA, dB, dC, dD, dz, dbias)
     return tuple(A.new_empty((0,)) if x is None else grad for x, grad in zip(inputs, gradients, strict=True))
