@@ -13,11 +13,11 @@ REQUIRED = set(filter(None, os.environ.get("VSSM_REQUIRE_BACKENDS", "").split(",
 
 
 def require(backend: str, reason: str) -> None:
-    """Skips the test for want of `backend`; fails it where VSSM_REQUIRE_BACKENDS names that back end."""
+    """Skips the test or test file for want of `backend`; fails it where VSSM_REQUIRE_BACKENDS names that back end."""
     message = f"no {backend} back end: {reason}"
     if backend in REQUIRED:
         pytest.fail(message)
-    pytest.skip(message)
+    pytest.skip(message, allow_module_level=True)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import native
+from . import gpu, native
 
 _reference = False
 
@@ -34,7 +34,10 @@ def use_reference() -> Iterator[None]:
 
 @contextlib.contextmanager
 def use_portable() -> Iterator[None]:
-    """Inside the context every native kernel is switched off and the portable implementations run. Not thread-safe."""
+    """Inside the context all native and Triton kernels are switched off and the portable implementations run.
+
+    Not thread-safe.
+    """
     with contextlib.ExitStack() as stack:
         for op, device in _registered():
             stack.enter_context(op.set_kernel_enabled(device, enabled=False))
@@ -71,6 +74,8 @@ def _ops() -> dict[str, tuple]:
 
 # Ops that are nothing but matrix products: no device has a kernel of ours for them.
 _MATRIX_PRODUCTS = ("nc_ssd",)
+# The ops that have Triton kernels.
+_TRITON = ("selective_scan", "causal_conv1d", "cross_selective_scan")
 
 
 def _registered() -> Iterator[tuple]:
@@ -79,6 +84,10 @@ def _registered() -> Iterator[tuple]:
             if name not in _MATRIX_PRODUCTS:
                 for op in ops:
                     yield op, "cpu"
+    if not gpu.reason:
+        for name in _TRITON:
+            for op in _ops()[name]:
+                yield op, "cuda"
 
 
 def status() -> list[Backend]:
@@ -91,11 +100,12 @@ def status() -> list[Backend]:
     for name in _ops():
         for device in devices:
             if name in _MATRIX_PRODUCTS:
-                rows.append(Backend(name, device, "portable", "matrix products: PyTorch's own are the kernel"))
-            elif device != "cpu":
-                rows.append(Backend(name, device, "portable", f"no {device} kernel is part of this version"))
-            elif native.library is not None:
-                rows.append(Backend(name, device, "native", ""))
+                kernel, reason = "", "matrix products: PyTorch's own are the kernel"
+            elif device == "cpu":
+                kernel, reason = "native", native.reason
+            elif device == "cuda" and name in _TRITON:
+                kernel, reason = "triton", gpu.reason
             else:
-                rows.append(Backend(name, device, "portable", native.reason))
+                kernel, reason = "", f"this version has no {device} kernel for this op"
+            rows.append(Backend(name, device, "portable" if reason else kernel, reason))
     return rows

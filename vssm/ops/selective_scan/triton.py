@@ -1,0 +1,168 @@
+"""The selective scan on Triton kernels; `op.py` registers it for CUDA and ROCm tensors where Triton is installed.
+
+Letters: B batch, D channels, L steps, N states, G groups of B and C, S segments of the sequence.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from ..tiles import DTYPES, on_device, unit_of
+from . import portable
+from .chunks import chunk_length, num_chunks
+from .triton_backward import backward_kernel, segment_messages_kernel
+from .triton_forward import carry_kernel, scan_kernel, segment_ends_kernel
+
+MAX_STATES = 256
+# The least number of warps that makes good use of the 528 schedulers of an H200. With fewer, the sequences are cut into
+# segments, which costs one more pass over them, to give about CUT_WARPS.
+FULL_WARPS = 512
+CUT_WARPS = 2048
+# States of a channel that fill the registers of a thread; with more of them several warps share a channel.
+WARP_STATES = 16
+
+
+def warps_of(states: int) -> int:
+    """Warps that share a channel of so many states."""
+    return triton.cdiv(triton.next_power_of_2(states), WARP_STATES)
+
+
+def backward_steps(states: int) -> int:
+    """Steps of a piece of the backward walk, of which a thread holds all states and shared memory their products."""
+    return 4 if states <= 16 else 2 if states <= 64 else 1
+
+
+def segments_of(length: int, warps: int) -> tuple[int, int]:
+    """Steps of a segment, whole chunks, and segments of a sequence: one where `warps` without cutting are enough."""
+    chunks, segments = num_chunks(length), 1
+    if warps < FULL_WARPS and chunks > 2:
+        segments = min(chunks, triton.cdiv(CUT_WARPS, max(1, warps)))
+    segment_chunks = triton.cdiv(chunks, segments)
+    return segment_chunks * chunk_length(length), triton.cdiv(chunks, segment_chunks)
+
+
+def carry(A, ends, dt_sums, first, reverse: bool) -> torch.Tensor:
+    """What enters each segment, like `ends` (B, S, N, D), the first from `first` (B, N, D) or zero; A is (N, D)."""
+    batch, segments, states, channels = ends.shape
+    result = torch.empty_like(ends)
+    # Tiles of 1,024 numbers, a sector of memory wide.
+    width, tile = 8, 128
+    carry_kernel[(batch * states * triton.cdiv(channels, width),)](
+        *(A, ends, dt_sums, first, result, channels, states, segments),
+        **{"REVERSE": reverse, "CHANNELS": width, "TILE": tile, "num_warps": 4, "enable_fp_fusion": True},
+    )
+    return result
+
+
+def _takes(u, delta, A, B, C, D, z, delta_bias) -> bool:
+    """The kernels take one dtype of at most 32 bits for the sequences, float32 parameters and at most 256 states."""
+    sequences = {x.dtype for x in (u, delta, B, C, z) if x is not None}
+    parameters = {x.dtype for x in (A, D, delta_bias) if x is not None}
+    return len(sequences) == 1 and u.dtype in DTYPES and parameters == {torch.float32} and A.shape[1] <= MAX_STATES
+
+
+class _Call:
+    """How a call is cut into programs, each for `lanes` channels of one group and one segment, and what they share."""
+
+    def __init__(self, u, A, B, softplus: bool):
+        self.batch, self.channels, self.length = u.shape
+        self.groups, self.states = B.shape[1], A.shape[1]
+        group_channels = self.channels // self.groups
+        self.lanes = min(32, triton.next_power_of_2(group_channels))
+        self.blocks = triton.cdiv(group_channels, self.lanes)
+        sequences, warps = self.batch * self.groups * self.blocks, warps_of(self.states)
+        self.segment_steps, self.segments = segments_of(self.length, sequences * warps)
+        self.programs = sequences * self.segments
+        self.chunk = chunk_length(self.length)
+        self.A = A.t().contiguous()
+        # Sixteen bytes of a channel a load, which one thread can hold as they are.
+        self.steps = 16 // u.element_size()
+        self.padded_states = triton.next_power_of_2(self.states)
+        unit = unit_of(self.length)
+        self.sizes = {
+            "channels": self.channels,
+            "group_channels": group_channels,
+            "blocks": self.blocks,
+            "units": self.length // unit,
+            "states": self.states,
+            "segment_steps": self.segment_steps,
+            "segments": self.segments,
+            "UNIT": unit,
+            "STATES": self.padded_states,
+            "LANES": self.lanes,
+            "SOFTPLUS": softplus,
+            "num_warps": warps,
+            "enable_fp_fusion": True,
+        }
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.A.device)
+
+    def empty_per_segment(self) -> torch.Tensor:
+        return self.empty(self.batch, self.segments, self.states, self.channels)
+
+    def entering(self, kernel, inputs, first, reverse: bool) -> torch.Tensor:
+        """What enters each segment (B, S, N, D) if `kernel` finds what leaves them and `first` enters the sequence."""
+        ends, dt_sums = self.empty_per_segment(), self.empty(self.batch, self.segments, self.channels)
+        kernel[(self.programs,)](*inputs, ends, dt_sums, **self.sizes, STEPS=self.steps)
+        return carry(self.A, ends, dt_sums, first, reverse)
+
+
+def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+    """`vssm::selective_scan_forward`: out (B, D, L), last state (B, D, N), chunk states (B, D, chunks, N)."""
+    inputs = (u, delta, A, B, C, D, z, delta_bias)
+    if not _takes(*inputs):
+        return portable.selective_scan_forward(*inputs, delta_softplus)
+    batch, channels, length = u.shape
+    out, last_state = torch.empty_like(u), A.new_empty((batch, channels, A.shape[1]))
+    chunk_states = A.new_empty((batch, channels, num_chunks(length), A.shape[1]))
+    if batch > 0:
+        call = _Call(u, A, B, delta_softplus)
+        with on_device(u):
+            starts = None
+            if call.segments > 1:
+                starts = call.entering(segment_ends_kernel, (u, delta, call.A, B, delta_bias), None, reverse=False)
+            scan_kernel[(call.programs,)](
+                *(u, delta, call.A, B, C, D, z, delta_bias, starts, out, last_state, chunk_states),
+                **call.sizes,
+                chunk=call.chunk,
+                STEPS=call.steps,
+            )
+    return out, last_state, chunk_states
+
+
+def backward(grad_out, grad_last_state, u, delta, A, B, C, D, z, delta_bias, chunk_states, delta_softplus):
+    """`vssm::selective_scan_backward`: gradients in the order of the inputs, empty for absent ones."""
+    inputs = (u, delta, A, B, C, D, z, delta_bias)
+    if not _takes(*inputs):
+        return portable.selective_scan_backward(grad_out, grad_last_state, *inputs, chunk_states, delta_softplus)
+    if u.shape[0] == 0:
+        return tuple(A.new_empty((0,)) if x is None else torch.zeros_like(x) for x in inputs)
+    du, ddelta, dz = torch.empty_like(u), torch.empty_like(delta), None if z is None else torch.empty_like(z)
+    call = _Call(u, A, B, delta_softplus)
+    states = call.padded_states
+    steps = backward_steps(states)
+    # (B, S, N, D) with one segment.
+    messages = None if grad_last_state is None else grad_last_state.transpose(1, 2).contiguous()
+    dA_sums, channel_sums = call.empty_per_segment(), call.empty(2, call.batch, call.segments, call.channels)
+    padded_length = triton.cdiv(call.length, steps) * steps
+    group_sums = call.empty(call.batch, call.groups, call.blocks, padded_length, 2, states)
+    scratch = call.empty(call.programs, call.chunk // steps, states, call.lanes)
+    with on_device(u):
+        if call.segments > 1:
+            needed = (grad_out, delta, call.A, C, z, delta_bias)
+            messages = call.entering(segment_messages_kernel, needed, messages, reverse=True)
+        backward_kernel[(call.programs,)](
+            *(grad_out, messages, u, delta, call.A, B, C, D, z, delta_bias, chunk_states, scratch),
+            *(du, ddelta, dz, channel_sums, dA_sums, group_sums),
+            **call.sizes,
+            chunk=call.chunk,
+            STEPS=steps,
+        )
+    dA = dA_sums.sum((0, 1)).t().contiguous()
+    dD, dbias = (sums.sum((0, 1)) for sums in channel_sums)
+    group_gradients = group_sums.sum(2)[:, :, : call.length, :, : call.states].unbind(3)
+    dB, dC = (torch.empty_like(x).copy_(grad.mT) for x, grad in zip((B, C), group_gradients, strict=True))
+    gradients = (du, ddelta, dA, dB, dC, dD, dz, dbias)
+    return tuple(A.new_empty((0,)) if x is None else grad for x, grad in zip(inputs, gradients, strict=True))
