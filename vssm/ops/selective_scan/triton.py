@@ -138,7 +138,7 @@ def backward(grad_out, grad_last_state, u, delta, A, B, C, D, z, delta_bias, chu
     if not _takes(*inputs):
         return portable.selective_scan_backward(grad_out, grad_last_state, *inputs, chunk_states, delta_softplus)
     if u.shape[0] == 0:
-        return tuple(A.new_empty((0,)) if x is None else torch.zeros_like(x) for x in inputs)
+        return _or_empty([None if x is None else torch.zeros_like(x) for x in inputs], inputs)
     du, ddelta, dz = torch.empty_like(u), torch.empty_like(delta), None if z is None else torch.empty_like(z)
     call = _Call(u, A, B, delta_softplus)
     states = call.padded_states
@@ -164,5 +164,10 @@ def backward(grad_out, grad_last_state, u, delta, A, B, C, D, z, delta_bias, chu
     dD, dbias = (sums.sum((0, 1)) for sums in channel_sums)
     group_gradients = group_sums.sum(2)[:, :, : call.length, :, : call.states].unbind(3)
     dB, dC = (torch.empty_like(x).copy_(grad.mT) for x, grad in zip((B, C), group_gradients, strict=True))
-    gradients = (du, ddelta, dA, dB, dC, dD, dz, dbias)
-    return tuple(A.new_empty((0,)) if x is None else grad for x, grad in zip(inputs, gradients, strict=True))
+    return _or_empty((du, ddelta, dA, dB, dC, dD, dz, dbias), inputs)
+
+
+def _or_empty(gradients, inputs) -> tuple[torch.Tensor, ...]:
+    """The gradients of the inputs that are there, and empty tensors for the others, a gate's in the dtype of u."""
+    empty = {place: inputs[0 if place == 6 else 2].new_empty((0,)) for place, x in enumerate(inputs) if x is None}
+    return tuple(empty.get(place, gradient) for place, gradient in enumerate(gradients))
