@@ -348,6 +348,11 @@ def test_arguments_that_do_not_fit_are_refused_by_name(variant, overrides, words
         small(variant, **{"spatial_dims": 3} | overrides)
 
 
+def test_an_empty_batch_is_refused():
+    with pytest.raises(ValueError, match=r"the batch is empty, shape \(0, 1, 8, 8\)"):
+        small(UMambaBot, 2)(torch.empty(0, 1, 8, 8))
+
+
 def test_unknown_arguments_are_refused():
     with pytest.raises(TypeError, match="img_size"):
         small(UMambaBot, 2, img_size=8)

@@ -168,6 +168,10 @@ class _UMamba(nn.Module):
                 f"{type(self).__name__} needs an input (batch, channels, *size) with {self.in_channels} channels and "
                 f"{dims} spatial axes, got {tuple(x.shape)}"
             )
+        if x.shape[0] == 0:
+            raise ValueError(
+                f"{type(self).__name__}: the batch is empty, shape {tuple(x.shape)}; give at least one image"
+            )
         self._check_size(tuple(x.shape[2:]))
 
     def _check_size(self, size: tuple[int, ...]) -> None:
