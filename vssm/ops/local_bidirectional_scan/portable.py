@@ -11,6 +11,7 @@ Letters: B batch, D channels, L steps, N states, G groups of B and C, P channels
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..selective_scan.chunks import chunk_length
@@ -18,6 +19,7 @@ from ..selective_scan.portable import (
     Chunked,
     Gradients,
     before_gate,
+    gather,
     input_gradients,
     scan,
     scan_adjoint,
@@ -33,16 +35,16 @@ def look_ahead(c: Chunked, window: int) -> Tensor:
         if (step + 1) % window == 0:
             ahead = c.zero_state()
         r = c.decay(c.dt[step]) * ahead
-        outputs[step] = (c.C[step] * r).sum(-1)
-        ahead = r + c.drive(step)
-    return c.join(outputs)
+        outputs[step] = (c.C[step] * r).sum(0)
+        ahead = torch.addcmul(r, c.B[step], c.dt_u[step])
+    return c.join(c.stack(outputs))
 
 
 def look_ahead_adjoint(c: Chunked, window: int, y_grad: Tensor) -> Gradients:
     """Gradients of what `look_ahead` returns, given the gradient y_grad (B, D, L) of that."""
     gc = c.cut(y_grad)
     none = [None] * c.steps
-    y, du, ddt, dB, dC = none.copy(), none.copy(), none.copy(), none.copy(), none.copy()
+    y, from_input, from_decay, dB, dC = none.copy(), none.copy(), none.copy(), none.copy(), none.copy()
     dA = c.zero_state()
     # Long windows are walked in pieces, of which only the states at the ends are kept.
     stride = chunk_length(window)
@@ -63,18 +65,16 @@ def look_ahead_adjoint(c: Chunked, window: int, y_grad: Tensor) -> Gradients:
             for step in piece:
                 decay = c.decay(c.dt[step])
                 r = decay * aheads.pop()
-                adjoint = c.C[step] * gc[step][..., None] + message
-                from_input = (message * c.B[step]).sum(-1)
+                adjoint = torch.addcmul(message, c.C[step], gc[step])
                 carried = adjoint * r
-                y[step] = (c.C[step] * r).sum(-1)
-                dC[step] = (gc[step][..., None] * r).sum(2)
-                dB[step] = (message * (c.dt[step] * c.u[step])[..., None]).sum(2)
-                du[step] = c.dt[step] * from_input
-                ddt[step] = c.u[step] * from_input + (carried * c.A).sum(-1)
-                dA = dA + carried * c.dt[step][..., None]
+                y[step] = (c.C[step] * r).sum(0)
+                from_input[step] = (message * c.B[step]).sum(0)
+                from_decay[step] = (carried * c.A).sum(0)
+                dB[step] = (message * c.dt_u[step]).sum(-1)
+                dC[step] = (r * gc[step]).sum(-1)
+                dA = torch.addcmul(dA, carried, c.dt[step])
                 message = decay * adjoint
-    dA = dA.sum((0, 3)).reshape(c.channels, c.states)
-    return Gradients(c.join(y), c.join(du), c.join(ddt), dA, c.join_states(dB), c.join_states(dC))
+    return gather(c, y, from_input, from_decay, dA, dB, dC)
 
 
 def local_bidirectional_scan_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, window):

@@ -28,10 +28,19 @@ def selective_scan_onnx(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
         # A copy: what a step gives out must not be what it carries on.
         return state, state.clone()
 
+    # Not `c.decay`: ONNX has an operator for the exponential, but none for powers of two.
+    def decay(dt):
+        return torch.exp(dt.unsqueeze(-5) * c.A)
+
     zero = c.zero_state()
-    ends, states = scan(step, zero, tuple(x.contiguous() for x in (c.decay(c.dt), (c.dt * c.u)[..., None] * c.B)))
-    chunks = (c.decay(c.dt.sum(0)), ends)
-    last, after = scan(step, zero[:, :, :, 0].contiguous(), tuple(x.movedim(3, 0).contiguous() for x in chunks))
-    starts = torch.cat([torch.zeros_like(after[:1]), after[:-1]]).movedim(0, 3)
-    y = (c.C * (states + c.decay(c.dt.cumsum(0)) * starts)).sum(-1)
-    return skip_and_gate(c.join(y), u, D, z), last.reshape(c.batch, c.channels, c.states)
+
+    # Copies: `contiguous` keeps the strides of sides of length 1, and torch.onnx compares all strides.
+    def plain(x):
+        return x.clone(memory_format=torch.contiguous_format)
+
+    ends, states = scan(step, zero, (plain(decay(c.dt)), plain(c.dt_u.unsqueeze(1) * c.B)))
+    chunks = (decay(c.dt.sum(0)), ends)
+    last, after = scan(step, plain(zero[:, :, 0]), tuple(plain(x.movedim(2, 0)) for x in chunks))
+    starts = torch.cat([torch.zeros_like(after[:1]), after[:-1]]).movedim(0, 2)
+    y = (c.C * (states + decay(c.dt.cumsum(0)) * starts)).sum(1)
+    return skip_and_gate(c.join(y), u, D, z), last.flatten(2).permute(1, 2, 0)
