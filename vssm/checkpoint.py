@@ -138,6 +138,16 @@ def remap(state_dict: Mapping[str, Tensor], rules: Iterable[Rule]) -> dict[str, 
     return _renamed(state_dict, rename)
 
 
+def linear_from_pointwise(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state_dict` with 1x1 convolution weights (O, I, 1, 1) flattened where `module` has a linear layer (O, I)."""
+    own = module.state_dict()
+
+    def is_pointwise(key: str, value: Tensor) -> bool:
+        return key in own and own[key].ndim == 2 and value.ndim == 4 and value.shape[2:] == (1, 1)
+
+    return {key: value.flatten(1) if is_pointwise(key, value) else value for key, value in state_dict.items()}
+
+
 def load_official(module: nn.Module, path_or_state_dict: str | os.PathLike | Mapping) -> None:
     """Load official weights into a vssm model or network, strictly.
 

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 import vssm.models  # noqa: F401
-from vssm.models.vmamba import PatchMerging, VMamba
+from vssm.layers.pyramid import PatchMerging
+from vssm.models.vmamba import VMamba
 
 # Parameters of the official models, counted from their state dicts.
 PARAMETERS = {

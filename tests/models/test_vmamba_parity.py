@@ -1,52 +1,37 @@
 """VMamba against outputs of the official code on the same weights (tests/golden, format in parity.py)."""
 
 import argparse
-from pathlib import Path
 
 import parity
 import pytest
 import timm
 import torch
+from official import assert_parity, load_golden, meta_state, official_state, stages_and_logits
 
 import vssm.models  # noqa: F401
 from vssm.checkpoint import load_official
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 TOLERANCE = 1e-4
 # Odd sizes cover the rounding of both stems and the padding of v0's patch merging.
 FILES = ["vmamba_tiny", "vmamba_small_odd", "vmamba_base", "vmambav0_tiny_odd"]
 
 
-def official_state(golden: dict) -> dict[str, torch.Tensor]:
-    return {key: torch.from_numpy(value) for key, value in parity.fill_state(golden["state"]).items()}
-
-
-def outputs(model, golden: dict) -> dict:
-    x = torch.from_numpy(parity.fill_input(golden["input"]))
-    with torch.inference_mode():
-        final, maps = model.forward_intermediates(x)
-        return {"logits": model.forward_head(final)} | {f"stage{i}": stage for i, stage in enumerate(maps)}
-
-
-def assert_parity(model, golden: dict) -> None:
-    got = outputs(model.eval(), golden)
-    assert got.keys() == golden["outputs"].keys()
-    errors = {tap: parity.relative_error(got[tap].numpy(), want) for tap, want in golden["outputs"].items()}
-    assert max(errors.values()) <= TOLERANCE, errors
+def assert_official(model, golden: dict) -> None:
+    assert_parity(stages_and_logits(model.eval(), golden), golden, TOLERANCE)
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_logits_and_every_stage_equal_the_official_ones(file):
-    golden = parity.load(GOLDEN / f"{file}.json")
+    golden = load_golden(file)
     model = timm.create_model(golden["name"])
     load_official(model, official_state(golden))
     assert sum(p.numel() for p in model.parameters()) == golden["params"]
-    assert_parity(model, golden)
+    assert_official(model, golden)
 
 
 @pytest.fixture(scope="module")
 def tiny() -> dict:
-    return parity.load(GOLDEN / "vmamba_tiny.json")
+    return load_golden("vmamba_tiny")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +44,7 @@ def tiny_file(tiny, tmp_path_factory) -> str:
 
 def test_create_model_reads_an_official_file_with_the_same_result(tiny, tiny_file):
     model = timm.create_model("vmamba_tiny", pretrained=True, pretrained_cfg_overlay={"file": tiny_file})
-    assert_parity(model, tiny)
+    assert_official(model, tiny)
 
 
 def test_create_model_adapts_an_official_file_to_other_channels_and_classes(tiny, tiny_file):
@@ -91,10 +76,6 @@ def test_create_model_refuses_a_file_of_another_model(tiny_file, num_classes):
 def meta_model(name: str) -> torch.nn.Module:
     with torch.device("meta"):
         return timm.create_model(name)
-
-
-def meta_state(file: str) -> dict[str, torch.Tensor]:
-    return {key: torch.empty(shape, device="meta") for key, shape in parity.load(GOLDEN / f"{file}.json")["state"]}
 
 
 @pytest.mark.parametrize(("name", "file"), [("vmamba_tiny", "vmamba_tiny"), ("vmambav0_tiny", "vmambav0_tiny_odd")])

@@ -12,6 +12,13 @@ from torch import Tensor, nn
 from .route_scan import RouteScan
 from .routes import Routes
 
+# What the official repositories of the family call the parts of this layer, wherever it stands -> ours.
+OFFICIAL_NAMES = [
+    (r"\.conv2d\.(weight|bias)$", r".conv.\1"),
+    (r"\.out_norm\.(weight|bias)$", r".norm.\1"),
+    (r"(?<!\.scan)\.(x_proj_weight|dt_projs_weight|dt_projs_bias|A_logs|Ds)$", r".scan.\1"),
+]
+
 
 # torch.fx cannot follow the checks of the scan op; the layer is one node of a traced graph.
 @register_notrace_module

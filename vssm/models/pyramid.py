@@ -9,11 +9,9 @@ Letters: B batch, C channels, H height, W width.
 from collections.abc import Sequence
 
 from timm.layers import ClassifierHead, register_notrace_function
-from timm.models import build_model_with_cfg, checkpoint_seq
+from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-
-from ..checkpoint import check_match, official_pickles, unwrap
 
 MIN_SIZE = 32
 
@@ -52,6 +50,11 @@ class Stage(nn.Module):
         x = self.downsample(x).permute(0, 2, 3, 1)
         x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
         return x.permute(0, 3, 1, 2)
+
+
+def pyramid_info(dims: Sequence[int], reduction: int = 4) -> list[dict]:
+    """timm's `feature_info` of `Pyramid.stages`: the first at 1 / `reduction` of the image, each next at half that."""
+    return [{"num_chs": dim, "reduction": reduction * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)]
 
 
 class Pyramid(nn.Module):
@@ -160,30 +163,3 @@ class Pyramid(nn.Module):
 
     def _embed(self, x: Tensor) -> Tensor:
         return self.stem(checked_image(x, self.in_chans))
-
-
-def build(model: type[Pyramid], name: str, pretrained: bool, **kwargs) -> nn.Module:
-    """timm's `build_model_with_cfg` for a registered `name`, able to read official checkpoint files.
-
-    `kwargs` are the constructor's arguments and timm's own (`features_only`, `pretrained_cfg`, ...).
-    """
-    with official_pickles():
-        return build_model_with_cfg(
-            model,
-            name,
-            pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter", "flatten_sequential": True},
-            **kwargs,
-        )
-
-
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: Pyramid) -> dict[str, Tensor]:
-    """Official or own state dict, possibly still wrapped -> own names, complete and of the right shapes.
-
-    Raises:
-        ValueError: anything but the first convolution and the classifier, which timm adapts, does not match.
-    """
-    state_dict = model.convert_official(unwrap(state_dict))
-    check_match(model, state_dict, adaptable=(model.pretrained_cfg["first_conv"], model.pretrained_cfg["classifier"]))
-    return state_dict

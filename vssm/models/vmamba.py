@@ -8,81 +8,19 @@ Letters: B batch, C channels, H height, W width.
 
 from collections.abc import Mapping, Sequence
 
-import torch
-import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, LayerNorm2d, Mlp, trunc_normal_
+from timm.layers import DropPath, LayerNorm2d, Mlp
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from ..checkpoint import remap
+from ..checkpoint import linear_from_pointwise, remap
+from ..layers import ss2d
+from ..layers.drop_path import drop_path_rates
+from ..layers.initialise import init_linear
+from ..layers.pyramid import EPS, ConvDownsample, ConvStem, PatchMerging, PatchStem
 from ..layers.routes import CrossRoutes
 from ..layers.ss2d import SS2D
-from .pyramid import Pyramid, Stage, build
-
-EPS = 1e-5
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """The same map (B, C, H, W) with the channels of a pixel side by side in memory, where the norms work on them."""
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-class ConvStem(nn.Module):
-    """Two 3x3 convolutions of stride 2: images (B, in_chans, H, W) -> (B, dim, H/4, W/4), sizes rounded up."""
-
-    def __init__(self, in_chans: int, dim: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1)
-        self.norm1 = LayerNorm2d(dim // 2, eps=EPS)
-        self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1)
-        self.norm2 = LayerNorm2d(dim, eps=EPS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.norm1(self.conv1(channels_last(x))))
-        return self.norm2(self.conv2(x))
-
-
-class PatchStem(nn.Module):
-    """Non-overlapping 4x4 patches: images (B, in_chans, H, W) -> (B, dim, H/4, W/4), sizes rounded down."""
-
-    def __init__(self, in_chans: int, dim: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_chans, dim, 4, stride=4)
-        self.norm1 = LayerNorm2d(dim, eps=EPS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm1(self.conv1(channels_last(x)))
-
-
-class ConvDownsample(nn.Module):
-    """3x3 convolution of stride 2: map (B, C, H, W) -> (B, out_dim, H/2, W/2), sizes rounded up."""
-
-    def __init__(self, dim: int, out_dim: int):
-        super().__init__()
-        self.conv = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1)
-        self.norm = LayerNorm2d(out_dim, eps=EPS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
-
-
-class PatchMerging(nn.Module):
-    """2x2 neighbours concatenated, normalised, projected: map (B, C, H, W) -> (B, out_dim, H/2, W/2), sizes rounded up.
-
-    Odd maps are zero-padded at the bottom and right before the norm.
-    """
-
-    def __init__(self, dim: int, out_dim: int):
-        super().__init__()
-        self.norm = nn.LayerNorm(4 * dim, eps=EPS)
-        self.reduction = nn.Linear(4 * dim, out_dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
-        # Weights expect the neighbours in the order (0, 0), (1, 0), (0, 1), (1, 1) of (row, column).
-        x = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 2, 4, 5, 3, 1).flatten(3)
-        return self.reduction(self.norm(x)).permute(0, 3, 1, 2)
+from .building import build, imagenet_cfg
+from .pyramid import Pyramid, Stage, pyramid_info
 
 
 class Block(nn.Module):
@@ -146,39 +84,25 @@ class VMamba(Pyramid):
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.stem = stem_layer(in_chans, dims[0])
-        rates = iter(torch.linspace(0.0, drop_path_rate, sum(depths), device="cpu").tolist())
+        rates = drop_path_rates(drop_path_rate, depths)
         routes = CrossRoutes()
         stages = []
-        for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
+        for i, dim in enumerate(dims):
             blocks = []
-            for _ in range(depth):
+            for rate in rates[i]:
                 mixer = SS2D(dim, routes, d_state=d_state, expand=ssm_ratio, gate=gate, conv_bias=conv_bias)
-                blocks.append(Block(dim, mixer, mlp_ratio, next(rates)))
+                blocks.append(Block(dim, mixer, mlp_ratio, rate))
             stages.append(Stage(downsample_layer(dims[i - 1], dim) if i else nn.Identity(), blocks))
         self.stages = nn.Sequential(*stages)
-        self.feature_info = [
-            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
-        ]
+        self.feature_info = pyramid_info(dims)
         self.num_features = dims[-1]
         self.norm = LayerNorm2d(dims[-1], eps=EPS)
         self.reset_classifier(num_classes, global_pool)
-        self.apply(_init_linear)
+        self.apply(init_linear)
 
     def convert_official(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Official names -> ours (ours stay); 1x1 convolutions become the linear layers they are."""
-        own = self.state_dict()
-        out = remap(state_dict, OFFICIAL_NAMES)
-        for key, value in out.items():
-            if key in own and own[key].ndim == 2 and value.ndim == 4 and value.shape[2:] == (1, 1):
-                out[key] = value.flatten(1)
-        return out
-
-
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        return linear_from_pointwise(self, remap(state_dict, OFFICIAL_NAMES))
 
 
 # `proj`, `norm`, `ln_1`, `self_attention` and the root's `norm` and `head` are v0's first names.
@@ -193,9 +117,7 @@ OFFICIAL_NAMES = [
     (r"^layers\.", "stages."),
     (r"(\.blocks\.\d+)\.(norm|ln_1)\.", r"\1.norm1."),
     (r"(\.blocks\.\d+)\.(op|self_attention)\.", r"\1.mixer."),
-    (r"\.mixer\.conv2d\.", ".mixer.conv."),
-    (r"\.mixer\.out_norm\.", ".mixer.norm."),
-    (r"\.mixer\.(x_proj_weight|dt_projs_weight|dt_projs_bias|A_logs|Ds)$", r".mixer.scan.\1"),
+    *ss2d.OFFICIAL_NAMES,
     (r"^(classifier\.)?norm\.", "norm."),
     (r"^(classifier\.)?head\.(weight|bias)$", r"head.fc.\2"),
 ]
@@ -204,22 +126,13 @@ _RELEASES = "https://github.com/MzeroMiko/VMamba/releases/download/"
 
 
 def _cfg(weights: str) -> dict:
-    return {
-        "url": _RELEASES + weights,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv1",
-        "classifier": "head.fc",
-        "license": "mit",
-        "paper_ids": "arXiv:2401.10166",
-        "paper_name": "VMamba: Visual State Space Model",
-        "origin_url": "https://github.com/MzeroMiko/VMamba",
-    }
+    return imagenet_cfg(
+        _RELEASES + weights,
+        license="mit",
+        paper_ids="arXiv:2401.10166",
+        paper_name="VMamba: Visual State Space Model",
+        origin_url="https://github.com/MzeroMiko/VMamba",
+    )
 
 
 default_cfgs = generate_default_cfgs(

@@ -1,0 +1,75 @@
+"""Every registered family at a size that tests can afford; the contract tests read all they need to know from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import timm
+import torch
+
+import vssm.models  # noqa: F401
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of registered names.
+
+    Args:
+        small: constructor arguments that make a model of few, narrow layers.
+        dims: channels of the stages of that model; a single number for a model that keeps its resolution.
+        rates: stochastic depth of its blocks, in order, for drop_path_rate=0.4.
+        compiled: constructor arguments of a still smaller one, for compilation.
+        exempt: last parts of the names of the parameters that are exempt from weight decay though not
+            one-dimensional or a bias by name.
+    """
+
+    small: dict
+    dims: tuple[int, ...]
+    rates: tuple[float, ...]
+    compiled: dict
+    exempt: tuple[str, ...] = field(default=())
+
+
+_FOUR = (16, 24, 32, 48)
+_VMAMBA = Family(
+    small={"depths": (1, 1, 2, 1), "dims": _FOUR},
+    dims=_FOUR,
+    rates=(0.0, 0.1, 0.2, 0.3, 0.4),
+    compiled={"depths": (1, 1), "dims": (8, 16)},
+    exempt=("A_logs", "Ds", "dt_projs_bias"),
+)
+
+# By the part of the registered name before the size.
+FAMILIES = {
+    "vmamba": _VMAMBA,
+    "vmambav0": _VMAMBA,
+}
+
+# One name for each set of parts: compilation takes seconds.
+COMPILED = ("vmamba_tiny", "vmambav0_tiny")
+
+NAMES = [name for name in timm.list_models() if timm.models.model_entrypoint(name).__module__.startswith("vssm.")]
+
+
+def family(name: str) -> Family:
+    """The family of a registered name such as "vmamba_tiny"."""
+    return FAMILIES[name.split("_")[0]]
+
+
+PYRAMIDS = [name for name in NAMES if len(family(name).dims) > 1]
+
+
+def create(name: str, seed: int = 0, **kwargs: object) -> torch.nn.Module:
+    """The small model of that name, without stochastic depth, in evaluation mode; `kwargs` as for timm."""
+    torch.manual_seed(seed)
+    return timm.create_model(name, **{"drop_path_rate": 0.0, **family(name).small, **kwargs}).eval()
+
+
+def create_tiny(name: str) -> torch.nn.Module:
+    """A model of fewer layers yet, with three classes."""
+    return create(name, num_classes=3, **family(name).compiled)
+
+
+def images(*shape: int) -> torch.Tensor:
+    """The same standard normal images at every call."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
