@@ -17,7 +17,7 @@ import vssm
 from vssm import cli
 from vssm.ops import backends
 
-COMMANDS = ("info", "list", "segment", "classify")
+COMMANDS = ("info", "list", "segment", "classify", "explain")
 
 
 @pytest.fixture
@@ -324,3 +324,29 @@ def test_classify_refuses_in_one_line(refused, picture, tmp_path, small_models):
     ]
     for arguments, words in cases:
         assert words in refused("classify", *arguments)
+
+
+def test_explain_draws_attention_and_receptive_field(run, picture, small_models, tmp_path):
+    torch.manual_seed(0)
+    out = tmp_path / "looks.png"
+    status, printed, err = run("explain", picture, "-o", out, "--random-weights", "--point", "0.2", "0.7")
+    assert status == 0 and str(out) in printed and "mean nothing" in err
+    with Image.open(out) as drawn:
+        # Three panels side by side, drawn in colour.
+        assert drawn.width > 2.5 * drawn.height
+        assert np.ptp(np.asarray(drawn.convert("RGB")).astype(int), axis=2).max() > 100
+    assert [path.name for path in tmp_path.iterdir() if "looks" in path.name] == ["looks.png"]
+
+
+def test_explain_refuses_in_one_line(refused, picture, tmp_path, small_models):
+    good = ("-o", tmp_path / "out.png", "--random-weights")
+    cases = [
+        ((picture, *good, "--point", "0.5", "1.0"), "--point takes two fractions from 0 to below 1, got 0.5 1"),
+        ((picture, "-o", tmp_path / "out.jpg", "--random-weights"), "must name a .png file"),
+        ((picture, "-o", tmp_path / "none" / "out.png", "--random-weights"), "in a folder that exists"),
+        ((tmp_path / "none.png", *good), "no such file"),
+        ((picture, "-o", tmp_path / "out.png"), "--random-weights"),
+    ]
+    for arguments, words in cases:
+        assert words in refused("explain", *arguments)
+    assert not (tmp_path / "out.png").exists()

@@ -1,4 +1,4 @@
-"""The command `vssm`: info, list, segment, classify.
+"""The command `vssm`: info, list, segment, classify, explain.
 
 Anything wrong with what the user gave is one line on standard error and exit status 2. Results go to standard output,
 remarks and progress to standard error. MONAI and nibabel are imported by the commands that need them only.
@@ -103,13 +103,35 @@ def _parser() -> _Parser:
         "name what a picture shows (ImageNet classes)",
         "vssm classify cat.jpg --model vmamba_tiny --weights vssm1_tiny_0230s_ckpt_epoch_264.pth",
     )
-    classify.add_argument("picture", metavar="PICTURE", help="any picture file that Pillow reads")
-    classify.add_argument("--model", default=_DEFAULT_MODEL, help="a name from vssm list (default: %(default)s)")
-    source = classify.add_mutually_exclusive_group()
+    _picture_and_model(classify)
+    classify.add_argument("--topk", type=int, default=5, help="how many classes to print (default: %(default)s)")
+
+    explain = _command(
+        commands,
+        _explain,
+        "explain",
+        "draw what a model looks at: hidden attention of its last scan and effective receptive field",
+        "vssm explain cat.jpg -o looks.png --weights vssm1_tiny_0230s_ckpt_epoch_264.pth --point 0.3 0.6",
+    )
+    _picture_and_model(explain)
+    explain.add_argument("-o", "--output", metavar="PNG", required=True, help="picture to write; replaced if it exists")
+    explain.add_argument(
+        "--point",
+        nargs=2,
+        type=float,
+        default=(0.5, 0.5),
+        metavar=("ROW", "COLUMN"),
+        help="which point looks, as fractions of height and width (default: the centre)",
+    )
+    return parser
+
+
+def _picture_and_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("picture", metavar="PICTURE", help="any picture file that Pillow reads")
+    command.add_argument("--model", default=_DEFAULT_MODEL, help="a name from vssm list (default: %(default)s)")
+    source = command.add_mutually_exclusive_group()
     source.add_argument("--weights", metavar="FILE", help="official checkpoint (.pth) or safetensors file")
     source.add_argument("--random-weights", action="store_true", help="run without weights; the answer means nothing")
-    classify.add_argument("--topk", type=int, default=5, help="how many classes to print (default: %(default)s)")
-    return parser
 
 
 def _command(
@@ -231,8 +253,58 @@ def _segment(options: argparse.Namespace) -> None:
 
 
 def _classify(options: argparse.Namespace) -> None:
+    from timm.data import ImageNetInfo
+
+    labels = ImageNetInfo().label_descriptions()
+    if not 1 <= options.topk <= len(labels):
+        raise CommandError(f"--topk must be between 1 and {len(labels)}, got {options.topk}")
+    model, _, image = _model_and_image(options)
+    with torch.inference_mode():
+        probabilities = model(image)[0].softmax(dim=0)
+    for probability, index in zip(*(values.tolist() for values in probabilities.topk(options.topk)), strict=True):
+        print(f"{100 * probability:5.1f} %  {labels[index]}")
+
+
+def _explain(options: argparse.Namespace) -> None:
+    import numpy as np
+
+    from vssm import explain
+
+    _medical("matplotlib")
+    row, column = options.point
+    if not (0 <= row < 1 and 0 <= column < 1):
+        raise CommandError(f"--point takes two fractions from 0 to below 1, got {row:g} {column:g}")
+    folder = os.path.dirname(os.path.abspath(options.output))
+    if not options.output.lower().endswith(".png") or not os.path.isdir(folder):
+        raise CommandError(f"--output: {options.output} must name a .png file in a folder that exists")
+    model, config, image = _model_and_image(options)
+    features = model.forward_intermediates(image, intermediates_only=True)[-1]
+    height, width = features.shape[2:]
+    place = int(row * height), int(column * width)
+    field = explain.effective_receptive_field(model, image, -1, place)
+    maps = {"effective receptive field": field}
+    scan = explain.scan_calls(model, image)[-1]
+    # A sequence with other tokens than the map's has no place on the picture.
+    if scan.op.startswith("cross_") and scan.positions % (height * width) == 0:
+        scale = round((scan.positions // (height * width)) ** 0.5)
+        rows, columns = height * scale, width * scale
+        query = int(row * rows) * columns + int(column * columns)
+        maps["hidden attention, last scan"] = scan.attention([query])[0, 0].view(rows, columns)
+    else:
+        _note(f"the last scan ({scan.layer}) does not walk the map of the features; its attention is not drawn")
+    mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
+    pixels = (image[0] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+    figure = explain.draw_over(np.ascontiguousarray(pixels), maps, mark=(row, column))
+    partial = f"{options.output}.part"
+    figure.savefig(partial, format="png", dpi=120)
+    os.replace(partial, options.output)
+    print(f"wrote {options.output}")
+
+
+def _model_and_image(options: argparse.Namespace) -> tuple[torch.nn.Module, dict, torch.Tensor]:
+    """The model in evaluation mode, how it wants pictures, and the picture made so, (1, 3, H, W)."""
     from PIL import Image, UnidentifiedImageError
-    from timm.data import ImageNetInfo, create_transform, resolve_data_config
+    from timm.data import create_transform, resolve_data_config
 
     from vssm.checkpoint import load_official
 
@@ -241,9 +313,6 @@ def _classify(options: argparse.Namespace) -> None:
         close = difflib.get_close_matches(options.model, names, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise CommandError(f"no model is called {options.model}; {hint}run vssm list to see all")
-    labels = ImageNetInfo().label_descriptions()
-    if not 1 <= options.topk <= len(labels):
-        raise CommandError(f"--topk must be between 1 and {len(labels)}, got {options.topk}")
     if options.weights is None and not options.random_weights:
         url = timm.get_pretrained_cfg(options.model).url
         raise CommandError(
@@ -264,9 +333,6 @@ def _classify(options: argparse.Namespace) -> None:
         except (OSError, ValueError) as error:
             raise CommandError(f"--weights: {error}") from None
     else:
-        _note("random weights; the classes below mean nothing")
-    transform = create_transform(**resolve_data_config({}, model=model))
-    with torch.inference_mode():
-        probabilities = model(transform(picture)[None])[0].softmax(dim=0)
-    for probability, index in zip(*(values.tolist() for values in probabilities.topk(options.topk)), strict=True):
-        print(f"{100 * probability:5.1f} %  {labels[index]}")
+        _note("random weights; the results mean nothing")
+    config = resolve_data_config({}, model=model)
+    return model, config, create_transform(**config)(picture)[None]
