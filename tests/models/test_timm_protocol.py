@@ -110,6 +110,12 @@ def test_double_and_bfloat16_models_run_in_their_own_type(name):
 
 
 @every_name
+def test_shapes_can_be_computed_on_the_meta_device(name):
+    model = create(name, num_classes=3).to("meta")
+    assert model(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 3)
+
+
+@every_name
 def test_images_of_a_batch_do_not_see_each_other(name):
     model, x = create(name), images(3, 3, 40, 56)
     torch.testing.assert_close(model(x)[1:2], model(x[1:2]))

@@ -33,3 +33,9 @@ def check_device(function: str, name: str, tensor: Tensor, device: torch.device)
     """Raises ValueError unless `tensor` lies on `device`."""
     if tensor.device != device:
         raise ValueError(f"{function}: {name} is on {tensor.device}; move it to {device}, where the first argument is")
+
+
+def under_autocast(tensor: object) -> bool:
+    """Whether autocast is on for the device of `tensor`; False for what is no tensor or is on a device without it."""
+    # The meta device, where only shapes are computed, has no autocast and refuses the question.
+    return isinstance(tensor, Tensor) and not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)

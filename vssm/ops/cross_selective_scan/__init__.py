@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import backends
-from ..checks import check_device, check_dtype, check_shape, check_tensor
+from ..checks import check_device, check_dtype, check_shape, check_tensor, under_autocast
 from . import op
 from .onnx import cross_selective_scan_onnx
 from .reference import cross_selective_scan_reference
@@ -61,7 +61,7 @@ def cross_selective_scan(
         ValueError: a shape, dtype, device or position that does not fit, naming the argument, what came and what is
             needed.
     """
-    autocast = isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type)
+    autocast = under_autocast(x)
     _check(x, dt_b_c, dt_weight, A, order, D, delta_bias, same_dtype=not autocast)
     _check_positions(order, x.shape[1])
     if backends.reference_in_use():

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..checks import under_autocast
 from ..selective_scan import check_arguments, per_group
 from . import op
 from .reference import local_bidirectional_scan_reference
@@ -48,7 +49,7 @@ def local_bidirectional_scan(
             needed.
     """
     name = "local_bidirectional_scan"
-    autocast = isinstance(u, Tensor) and torch.is_autocast_enabled(u.device.type)
+    autocast = under_autocast(u)
     check_arguments(name, u, delta, A, B, C, D, z, delta_bias, same_dtype=not autocast)
     length = u.shape[2]
     if window is None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..checks import under_autocast
 from ..ssd import check_arguments
 from . import op
 from .reference import nc_ssd_reference
@@ -51,7 +52,7 @@ def nc_ssd(
     Raises:
         ValueError: a shape, dtype or device that does not fit, naming the argument, what came and what is needed.
     """
-    autocast = isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type)
+    autocast = under_autocast(x)
     tensors = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "dt_bias": dt_bias}
     check_arguments("nc_ssd", tensors, same_dtype=not autocast)
     if backends.reference_in_use():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..checks import check_device, check_dtype, check_shape, check_tensor
+from ..checks import check_device, check_dtype, check_shape, check_tensor, under_autocast
 from . import op
 from .onnx import selective_scan_onnx
 from .reference import selective_scan_reference
@@ -59,7 +59,7 @@ def selective_scan(
     Raises:
         ValueError: a shape, dtype or device that does not fit, naming the argument, what came and what is needed.
     """
-    autocast = isinstance(u, Tensor) and torch.is_autocast_enabled(u.device.type)
+    autocast = under_autocast(u)
     check_arguments("selective_scan", u, delta, A, B, C, D, z, delta_bias, same_dtype=not autocast)
     B, C = per_group(B, C, u)
     if backends.reference_in_use():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..checks import check_device, check_dtype, check_shape, check_tensor
+from ..checks import check_device, check_dtype, check_shape, check_tensor, under_autocast
 from . import op
 from .reference import ssd_reference
 
@@ -72,7 +72,7 @@ def ssd(
         ValueError: a shape, dtype, device or setting that does not fit, naming the argument, what came and what is
             needed.
     """
-    autocast = isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type)
+    autocast = under_autocast(x)
     tensors = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
     tensors["initial_states"] = initial_states
     check_arguments("ssd", tensors, same_dtype=not autocast)
