@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import causal_conv1d, selective_scan
+from .precision import without_autocast
 
 __all__ = ["Mamba"]
 
@@ -95,7 +96,7 @@ class Mamba(nn.Module):
             delta_bias=self.dt_proj.bias.to(wide),
             delta_softplus=True,
         )
-        with torch.autocast(y.device.type, enabled=False):
+        with without_autocast(y):
             return _project(self.out_proj.weight.to(y.dtype), y).transpose(1, 2)
 
 

@@ -99,6 +99,12 @@ def nc_ssd_backward(grad_out, x, dt, A, B, *_, **__) -> int:
     return 10 * prod(x) * B[3]
 
 
+def cross_selective_scan_as_in_papers(x, dt_b_c, dt_weight, A, order, D, *_, **__) -> int:
+    """As `cross_selective_scan_forward`, but the product that makes the step sizes counts one for a multiply-add."""
+    routes, channels, states = A
+    return x[0] * routes * order[1] * channels * (9 * states + dt_weight[2] + (D is not None))
+
+
 FORMULAS = {
     formula.__name__: formula
     for formula in (
@@ -116,14 +122,16 @@ FORMULAS = {
         nc_ssd_backward,
     )
 }
+# Scans in papers' operations, where a multiplication with its addition is one operation in products but not in a scan.
+PAPERS = {
+    "selective_scan_forward": selective_scan_forward,
+    "local_bidirectional_scan_forward": local_bidirectional_scan_forward,
+    "cross_selective_scan_forward": cross_selective_scan_as_in_papers,
+}
 
 backends._ops()  # defines the ops
 for _name, _formula in FORMULAS.items():
     register_flop_formula(getattr(torch.ops.vssm, _name))(_formula)
-
-
-# What fvcore counts as one operation: a multiplication with its addition.
-_MULTIPLY_ADD = ("causal_conv1d_forward", "ssd_forward", "nc_ssd_forward")
 
 
 def fvcore_handles() -> dict[str, Callable[[list, list], int]]:
@@ -133,10 +141,10 @@ def fvcore_handles() -> dict[str, Callable[[list, list], int]]:
     its addition as one, for convolutions and matrix products, these handles do so too: half of what
     `torch.utils.flop_counter` shows. Scans count the same in both, which is how the papers add them up.
     """
+    forward = {name: formula for name, formula in FORMULAS.items() if name.endswith("_forward")}
     return {
-        f"vssm::{name}": _handle(formula, 2 if name in _MULTIPLY_ADD else 1)
-        for name, formula in FORMULAS.items()
-        if name.endswith("_forward")
+        f"vssm::{name}": _handle(PAPERS[name], 1) if name in PAPERS else _handle(formula, 2)
+        for name, formula in forward.items()
     }
 
 
