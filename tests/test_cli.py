@@ -154,7 +154,7 @@ def test_an_interruption_is_reported_as_such(run, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_model_names", interrupt)
+    monkeypatch.setattr(cli, "model_names", interrupt)
     assert run("list") == (130, "", "vssm list: interrupted\n")
 
 
@@ -162,7 +162,7 @@ def test_a_fault_of_the_program_is_not_disguised_as_wrong_input(run, monkeypatch
     def fault(*_):
         raise ValueError("a fault")
 
-    monkeypatch.setattr(cli, "_model_names", fault)
+    monkeypatch.setattr(cli, "model_names", fault)
     with pytest.raises(ValueError, match="a fault"):
         run("list")
 

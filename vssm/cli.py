@@ -20,6 +20,8 @@ import timm
 import torch
 
 import vssm
+from vssm import zoo
+from vssm.complexity import complexity
 
 _DISCLAIMER = "research software, not a medical device: no result may be used for diagnosis or treatment"
 _DEFAULT_MODEL = "vmamba_tiny"
@@ -189,29 +191,45 @@ def _info(options: argparse.Namespace) -> None:
 
 def _list(options: argparse.Namespace) -> None:
     pattern = options.pattern if set(options.pattern) & set("*?[") else f"*{options.pattern}*"
-    rows = []
-    for name in filter(_matches(pattern), _model_names()):
-        # shapes without storage: counting needs no weights
-        with torch.device("meta"):
-            model = timm.create_model(name)
-        size = "x".join(map(str, timm.get_pretrained_cfg(name).input_size))
-        rows.append((name, f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M", size))
+    rows = [_model_row(name) for name in filter(_matches(pattern), model_names())]
     try:
         networks = _medical("vssm.networks").__all__
     except CommandError as error:
         networks = []
         _note(f"networks are not listed: {error}")
-    rows += [(name, "by arguments", "any, 2-D or 3-D") for name in filter(_matches(pattern), networks)]
+    rows += [(name, "by arguments", "", "any", "", "") for name in filter(_matches(pattern), networks)]
     if not rows:
         raise CommandError(f"nothing matches {options.pattern!r}; run vssm list without a pattern to see all")
-    _table([("name", "parameters", "input"), *rows])
+    _table([("name", "parameters", "GFLOPs", "input", "published top-1", "licence of weights"), *rows])
+
+
+def _model_row(name: str) -> tuple[str, ...]:
+    row = zoo.measured().get(name)
+    if row is None:
+        size = timm.get_pretrained_cfg(name).input_size
+        # shapes without storage: counting needs no weights
+        with torch.device("meta"):
+            counted = complexity(timm.create_model(name), size)
+    else:
+        size, counted = row.input_size, row
+    weights = [facts for key, facts in zoo.published().items() if key.split(".")[0] == name]
+    best = max((facts.top1 for facts in weights if facts.top1), default=None)
+    return (
+        name,
+        f"{counted.parameters / 1e6:.1f} M",
+        f"{counted.gflops:.1f}",
+        "x".join(map(str, size)),
+        "" if best is None else f"{best:.1f}",
+        ", ".join(dict.fromkeys(facts.weights_licence for facts in weights)),
+    )
 
 
 def _matches(pattern: str) -> Callable[[str], bool]:
     return lambda name: fnmatch.fnmatchcase(name.lower(), pattern.lower())
 
 
-def _model_names() -> list[str]:
+def model_names() -> list[str]:
+    """Every name that vssm registers with timm."""
     return [name for name in timm.list_models() if timm.models.model_entrypoint(name).__module__.startswith("vssm.")]
 
 
@@ -308,7 +326,7 @@ def _model_and_image(options: argparse.Namespace) -> tuple[torch.nn.Module, dict
 
     from vssm.checkpoint import load_official
 
-    names = _model_names()
+    names = model_names()
     if options.model not in names:
         close = difflib.get_close_matches(options.model, names, n=1)
         hint = f"did you mean {close[0]}? " if close else ""

@@ -8,7 +8,8 @@ from monai.networks.nets import UNet
 from safetensors.torch import load_file
 
 import vssm.networks
-from vssm.volumes import VolumeError, bundle, default_bundle_path, find_bundle, load_bundle
+from vssm import zoo
+from vssm.volumes import VolumeError, default_bundle_path, find_bundle, load_bundle
 
 
 @pytest.fixture
@@ -200,16 +201,16 @@ def test_weights_that_would_run_code_are_refused(bundle_folder, tmp_path):
 
 def test_bundles_are_found_by_path_and_by_name_in_package_and_checkout(bundle_folder, tmp_path, monkeypatch):
     assert find_bundle(bundle_folder) == bundle_folder
-    monkeypatch.setattr(bundle, "_MODEL_ZOOS", (tmp_path / "none", bundle_folder.parent))
+    monkeypatch.setattr(zoo, "FOLDERS", (tmp_path / "none", bundle_folder.parent))
     assert find_bundle("tiny_bundle") == bundle_folder
 
 
 def test_a_missing_bundle_is_named_with_those_there_are(bundle_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(bundle, "_MODEL_ZOOS", (bundle_folder.parent,))
+    monkeypatch.setattr(zoo, "FOLDERS", (bundle_folder.parent,))
     with pytest.raises(VolumeError, match=r"lungs: no such bundle; .*\(tiny_bundle\)"):
         find_bundle("lungs")
     with pytest.raises(VolumeError, match="no configs folder"):
         find_bundle(bundle_folder / "models")
-    monkeypatch.setattr(bundle, "_MODEL_ZOOS", ())
+    monkeypatch.setattr(zoo, "FOLDERS", ())
     with pytest.raises(VolumeError, match="this installation has none: reinstall vssm"):
         default_bundle_path()

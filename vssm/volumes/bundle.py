@@ -25,14 +25,12 @@ import torch
 from monai.data import MetaTensor
 
 import vssm.networks
+from vssm import zoo
 from vssm.checkpoint import read_checkpoint
 
 from .errors import VolumeError
 
 DEFAULT_BUNDLE = "brain_tissue_demo"
-_PACKAGE = Path(__file__).resolve().parents[1]
-# in an installed package and in a checkout
-_MODEL_ZOOS = (_PACKAGE / "model_zoo", _PACKAGE.parent / "model_zoo")
 _NETWORKS = {"vssm.networks": vssm.networks, "monai.networks.nets": monai.networks.nets}
 _WEIGHTS = ("model.safetensors", "model.pt")
 # reading, channel order and tensor type are settled before the transforms run
@@ -82,7 +80,7 @@ def find_bundle(name_or_path: str | Path) -> Path:
     Raises:
         VolumeError: if there is none.
     """
-    candidates = [Path(name_or_path), *(zoo / name_or_path for zoo in _MODEL_ZOOS)]
+    candidates = [Path(name_or_path), *(shipped / name_or_path for shipped in zoo.FOLDERS)]
     try:
         for folder in candidates:
             if (folder / "configs").is_dir():
@@ -92,7 +90,7 @@ def find_bundle(name_or_path: str | Path) -> Path:
         raise VolumeError(f"{name_or_path}: cannot be looked for ({error.strerror}); check the name") from None
     if exists:
         raise VolumeError(f"{name_or_path}: is not a MONAI bundle (no configs folder); give the bundle's folder")
-    shipped = sorted({path.parent.name for zoo in _MODEL_ZOOS for path in zoo.glob("*/configs")})
+    shipped = sorted({path.parent.name for folder in zoo.FOLDERS for path in folder.glob("*/configs")})
     raise VolumeError(
         f"{name_or_path}: no such bundle; give a bundle's folder or the name of one that ships with vssm "
         f"({', '.join(shipped) or 'this installation has none: reinstall vssm'})"
