@@ -154,7 +154,7 @@ def test_an_interruption_is_reported_as_such(run, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "model_names", interrupt)
+    monkeypatch.setattr(cli.info, "model_names", interrupt)
     assert run("list") == (130, "", "vssm list: interrupted\n")
 
 
@@ -162,7 +162,7 @@ def test_a_fault_of_the_program_is_not_disguised_as_wrong_input(run, monkeypatch
     def fault(*_):
         raise ValueError("a fault")
 
-    monkeypatch.setattr(cli, "model_names", fault)
+    monkeypatch.setattr(cli.info, "model_names", fault)
     with pytest.raises(ValueError, match="a fault"):
         run("list")
 
@@ -230,7 +230,7 @@ def test_quiet_prints_warnings_only(run, scan, bundle, tmp_path):
 
 @pytest.mark.parametrize("quiet, shown", [([], True), (["--quiet"], False)], ids=["terminal", "quiet"])
 def test_a_terminal_shows_progress_unless_quiet(run, scan, bundle, tmp_path, monkeypatch, quiet, shown):
-    monkeypatch.setattr(cli, "_is_terminal", lambda: True)
+    monkeypatch.setattr(cli.volumes, "is_terminal", lambda: True)
     status, _, err = run("segment", scan, "-o", tmp_path / "out.nii", "--bundle", bundle, *quiet)
     assert status == 0
     assert ("%|" in err) == shown
