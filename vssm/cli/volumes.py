@@ -1,4 +1,4 @@
-"""`vssm segment`: labels of CT and MR volumes."""
+"""`vssm segment` and `vssm evaluate`: labels of CT and MR volumes, and how good they are."""
 
 import argparse
 import time
@@ -7,7 +7,7 @@ from .common import DISCLAIMER, CommandError, add_command, is_terminal, medical,
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
-    """Declare `segment`."""
+    """Declare `segment` and `evaluate`."""
     segment = add_command(
         commands,
         _segment,
@@ -27,6 +27,27 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     segment.add_argument("--overlap", type=float, help="of neighbouring windows, 0 to below 1 (default: the bundle's)")
     segment.add_argument("--overlay", metavar="PNG", help="also draw three planes with contours")
     segment.add_argument("--quiet", action="store_true", help="print warnings and errors only")
+
+    evaluate = add_command(
+        commands,
+        _evaluate,
+        "evaluate",
+        "rate label maps against a reference: Dice, surface Dice, Hausdorff distance, volumes, lesions",
+        "vssm evaluate predictions/ references/ -o report/ --tolerance 2 --names 1=liver 2=tumour",
+        "Folders are matched by file name. A label that is in neither map of a case is not rated there; one that is in "
+        "one map only has Dice, surface Dice and lesion F1 of 0 and an infinite Hausdorff distance.",
+    )
+    evaluate.add_argument("predicted", metavar="PRED", help="label map (.nii, .nii.gz), or a folder of them")
+    evaluate.add_argument("reference", metavar="REF", help="the reference, or a folder of references of the same names")
+    evaluate.add_argument(
+        "-o", "--output", metavar="FOLDER", help="also write cases.csv, summary.json and boxplot.png here"
+    )
+    evaluate.add_argument(
+        "--tolerance", type=float, default=2.0, metavar="MM", help="of the surface Dice, in mm (default: %(default)s)"
+    )
+    evaluate.add_argument(
+        "--names", nargs="+", default=(), metavar="LABEL=NAME", help="names of labels, for example 1=liver 2=tumour"
+    )
 
 
 def _segment(options: argparse.Namespace) -> None:
@@ -58,3 +79,45 @@ def _segment(options: argparse.Namespace) -> None:
     )
     print(f"wrote {options.output} in {time.perf_counter() - start:.1f} s")
     note(DISCLAIMER)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    volumes = medical("vssm.volumes")
+    evaluation = medical("vssm.volumes.evaluation")
+    names = dict(map(_label_name, options.names))
+    if not 0 <= options.tolerance < float("inf"):
+        raise CommandError(f"--tolerance must be a distance in mm, 0 or more, got {options.tolerance:g}")
+    try:
+        pairs = evaluation.pair_files(options.predicted, options.reference)
+        ratings = []
+        for predicted, reference in tqdm(pairs, unit="case", disable=not is_terminal() or len(pairs) == 1):
+            ratings += evaluation.evaluate_files(predicted, reference, options.tolerance, names)
+        if not ratings:
+            raise CommandError(f"{options.reference}: neither the references nor the predictions hold a label but 0")
+        summaries = evaluation.summarise(ratings)
+        if options.output is not None:
+            report = medical("vssm.volumes.evaluation_report")
+            written = report.write_report(ratings, summaries, options.tolerance, options.output)
+    except (volumes.VolumeError, OSError) as error:
+        raise CommandError(str(error)) from None
+    print_table(
+        [
+            ("label", "metric", "cases", "mean", "95 % from", "to", "median", "infinite"),
+            *(
+                (s.name, s.metric, *(f"{v:.4g}" for v in (s.cases, s.mean, s.low, s.high, s.median, s.infinite)))
+                for s in summaries
+            ),
+        ]
+    )
+    if options.output is not None:
+        print("wrote", ", ".join(map(str, written)))
+    note(DISCLAIMER)
+
+
+def _label_name(text: str) -> tuple[int, str]:
+    label, _, name = text.partition("=")
+    if not label.isdecimal() or int(label) == 0 or not name:
+        raise CommandError(f"--names takes LABEL=NAME with a label of 1 or more, got {text!r}")
+    return int(label), name
