@@ -17,7 +17,7 @@ import vssm
 from vssm import cli
 from vssm.ops import backends
 
-COMMANDS = ("info", "list", "segment", "evaluate", "classify", "explain")
+COMMANDS = ("info", "list", "segment", "evaluate", "view", "classify", "explain")
 
 
 @pytest.fixture

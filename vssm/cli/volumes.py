@@ -1,4 +1,4 @@
-"""`vssm segment` and `vssm evaluate`: labels of CT and MR volumes, and how good they are."""
+"""`vssm segment`, `vssm evaluate` and `vssm view`: labels of CT and MR volumes, how good they are, how they look."""
 
 import argparse
 import time
@@ -7,7 +7,7 @@ from .common import DISCLAIMER, CommandError, add_command, is_terminal, medical,
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
-    """Declare `segment` and `evaluate`."""
+    """Declare `segment`, `evaluate` and `view`."""
     segment = add_command(
         commands,
         _segment,
@@ -48,6 +48,19 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     evaluate.add_argument(
         "--names", nargs="+", default=(), metavar="LABEL=NAME", help="names of labels, for example 1=liver 2=tumour"
     )
+
+    view = add_command(
+        commands,
+        _view,
+        "view",
+        "write a page that shows a volume with its labels in any browser, offline",
+        "vssm view T1.nii.gz -o page.html --prediction tissue.nii.gz --names 1=grey 2=white",
+    )
+    view.add_argument("image", metavar="IMAGE", help="volume, .nii or .nii.gz")
+    view.add_argument("-o", "--output", metavar="HTML", required=True, help="page to write; replaced if it exists")
+    view.add_argument("--prediction", metavar="FILE", help="label map on the image's grid")
+    view.add_argument("--reference", metavar="FILE", help="another, to compare with")
+    view.add_argument("--names", nargs="+", default=(), metavar="LABEL=NAME", help="names of labels")
 
 
 def _segment(options: argparse.Namespace) -> None:
@@ -121,3 +134,17 @@ def _label_name(text: str) -> tuple[int, str]:
     if not label.isdecimal() or int(label) == 0 or not name:
         raise CommandError(f"--names takes LABEL=NAME with a label of 1 or more, got {text!r}")
     return int(label), name
+
+
+def _view(options: argparse.Namespace) -> None:
+    volumes = medical("vssm.volumes")
+    viewing = medical("vssm.volumes.viewing")
+    names = dict(map(_label_name, options.names))
+    try:
+        volumes.check_output(options.output, (".html", ".htm"))
+        remarks = viewing.write_page(options.image, options.output, options.prediction, options.reference, names)
+    except volumes.VolumeError as error:
+        raise CommandError(str(error)) from None
+    for remark in remarks:
+        note(remark)
+    print(f"wrote {options.output}; open it in a browser")

@@ -5,7 +5,7 @@ from .errors import VolumeError
 from .predicting import foreground_ml, mismatches, predict_volume
 from .reading import Volume, read_volume
 from .segmenting import Segment, Segmentation, segment_file
-from .writing import write_labels
+from .writing import check_output, write_labels
 
 __all__ = [
     "Bundle",
@@ -13,6 +13,7 @@ __all__ = [
     "Segmentation",
     "Volume",
     "VolumeError",
+    "check_output",
     "default_bundle_path",
     "find_bundle",
     "foreground_ml",

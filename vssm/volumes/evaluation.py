@@ -104,8 +104,8 @@ def evaluate_files(
     if not (np.isfinite(tolerance_mm) and tolerance_mm >= 0):
         raise ValueError(f"tolerance_mm is {tolerance_mm}; it must be a distance in mm, 0 or more")
     volumes = read_volume(predicted), read_volume(reference)
-    _check_same_grid(*volumes)
-    maps = [_labels(volume) for volume in volumes]
+    check_same_grid(*volumes)
+    maps = [read_labels(volume) for volume in volumes]
     names = dict(names or {})
     case = _case(volumes[1].path)
     voxel_ml = abs(np.linalg.det(volumes[1].affine[:3, :3])) / 1000
@@ -212,8 +212,12 @@ def _summary(label: int, name: str, metric: str, values: np.ndarray) -> Summary:
     return Summary(label, name, metric, len(values), mean, float(np.median(values)), low, high, infinite)
 
 
-def _labels(volume: Volume) -> np.ndarray:
-    """The voxels as integers."""
+def read_labels(volume: Volume) -> np.ndarray:
+    """The voxels (X, Y, Z) as int32 labels.
+
+    Raises:
+        VolumeError: they are not whole numbers from 0 to 65535.
+    """
     rounded = np.rint(volume.voxels)
     if not np.array_equal(rounded, volume.voxels) or rounded.min() < 0 or rounded.max() > 65535:
         raise VolumeError(
@@ -223,7 +227,8 @@ def _labels(volume: Volume) -> np.ndarray:
     return rounded.astype(np.int32)
 
 
-def _check_same_grid(predicted: Volume, reference: Volume) -> None:
+def check_same_grid(predicted: Volume, reference: Volume) -> None:
+    """Raise VolumeError unless both have the same voxels at the same places."""
     shapes = predicted.voxels.shape, reference.voxels.shape
     if shapes[0] != shapes[1]:
         raise VolumeError(
