@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import timm
 import torch
@@ -39,14 +39,19 @@ _VMAMBA = Family(
     exempt=("A_logs", "Ds", "dt_projs_bias"),
 )
 
+_EFFICIENTVMAMBA = replace(_VMAMBA, compiled={"depths": (1, 1, 1), "dims": (8, 16, 24)})
+
 # By the part of the registered name before the size.
 FAMILIES = {
+    "efficientvmamba": _EFFICIENTVMAMBA,
+    "msvmamba": _VMAMBA,
+    "msvmambav3": _VMAMBA,
     "vmamba": _VMAMBA,
     "vmambav0": _VMAMBA,
 }
 
 # One name for each set of parts: compilation takes seconds.
-COMPILED = ("vmamba_tiny", "vmambav0_tiny")
+COMPILED = ("vmamba_tiny", "vmambav0_tiny", "efficientvmamba_tiny", "msvmamba_nano", "msvmambav3_tiny")
 
 NAMES = [name for name in timm.list_models() if timm.models.model_entrypoint(name).__module__.startswith("vssm.")]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import parity
@@ -31,6 +32,32 @@ def stages_and_logits(model: torch.nn.Module, golden: dict) -> dict[str, torch.T
     with torch.inference_mode():
         final, maps = model.forward_intermediates(x)
         return {"logits": model.forward_head(final)} | {f"stage{i}": stage for i, stage in enumerate(maps)}
+
+
+def recorded_taps(model: torch.nn.Module, golden: dict, places: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """`stages_and_logits`, and the outputs of the submodules `places` names for the other taps of the golden file.
+
+    Maps become tokens (B, H*W, C) where the official code has tokens, and get the official order of their dimensions,
+    whichever of the two layouts they have here.
+    """
+    got = {}
+    hooks = [
+        model.get_submodule(place).register_forward_hook(lambda module, args, out, tap=tap: got.__setitem__(tap, out))
+        for tap, place in places.items()
+    ]
+    got |= stages_and_logits(model, golden)
+    for hook in hooks:
+        hook.remove()
+    return {tap: _as_recorded(value, golden["outputs"][tap]["shape"]) for tap, value in got.items()}
+
+
+def _as_recorded(x: torch.Tensor, shape: list[int]) -> torch.Tensor:
+    if x.ndim == 4 and len(shape) == 3:
+        return x.flatten(1, 2) if x.shape[3] == shape[2] else x.flatten(2).transpose(1, 2)
+    if x.ndim == 4:
+        orders = [(0, 1, 2, 3), (0, 2, 3, 1), (0, 3, 1, 2)]
+        return next((x.permute(order) for order in orders if list(x.permute(order).shape) == shape), x)
+    return x
 
 
 def assert_parity(got: dict[str, torch.Tensor], golden: dict, tolerance: float | dict[str, float]) -> None:

@@ -16,7 +16,7 @@ from .routes import Routes
 OFFICIAL_NAMES = [
     (r"\.conv2d\.(weight|bias)$", r".conv.\1"),
     (r"\.out_norm\.(weight|bias)$", r".norm.\1"),
-    (r"(?<!\.scan)\.(x_proj_weight|dt_projs_weight|dt_projs_bias|A_logs|Ds)$", r".scan.\1"),
+    (r"(?<!scan)\.(x_proj_weight|dt_projs_weight|dt_projs_bias|A_logs|Ds)$", r".scan.\1"),
 ]
 
 
