@@ -61,14 +61,14 @@ def golden_files(name: str) -> list[str]:
 
 
 def parity_error(name: str, files: list[str]) -> float:
-    """Largest relative error over the taps of the golden files."""
+    """Largest relative error over logits and stages of the golden files."""
     worst = 0.0
     for file in files:
         golden = official.load_golden(file)
         model = official.model_of(golden).eval()
         load_official(model, official.official_state(golden))
         got = official.stages_and_logits(model, golden)
-        errors = (parity.relative_error(got[tap].numpy(), want) for tap, want in golden["outputs"].items())
+        errors = (parity.relative_error(value.numpy(), golden["outputs"][tap]) for tap, value in got.items())
         worst = max(worst, *errors)
     return worst
 

@@ -18,6 +18,7 @@ from vssm.layers.routes import (
     DiagonalRoutes,
     GivenRoutes,
     RasterRoutes,
+    SelectedRoutes,
     SnakeRoutes,
     SpiralRoutes,
     TriOrientedRoutes,
@@ -35,6 +36,7 @@ PLANE = [
     DiagonalRoutes(),
     SpiralRoutes(),
     WindowRoutes(3),
+    SelectedRoutes(RasterRoutes(), (2,)),
     TriOrientedRoutes(),
     *(CurveRoutes(curve, 8) for curve in curves.CURVES),
 ]
@@ -70,6 +72,11 @@ def test_the_atrous_scan_walks_four_phases_and_pads_odd_maps():
 def test_the_tri_oriented_scan_goes_on_to_the_next_slice_after_every_voxel():
     assert lists(TriOrientedRoutes(), 2, 1, 3)[2] == [0, 3, 1, 4, 2, 5]
     assert lists(TriOrientedRoutes(3), 2, 1, 3)[2] == [0, 2, 4, 1, 3, 5]
+
+
+def test_selected_routes_are_those_of_the_given_numbers_in_that_order():
+    routes = SelectedRoutes(CrossRoutes(), (3, 1))
+    assert routes.num_routes == 2 and lists(routes, 2, 3) == [[5, 2, 4, 1, 3, 0], [0, 3, 1, 4, 2, 5]]
 
 
 def test_windows_are_walked_one_after_the_other_and_cut_at_the_border():
@@ -209,6 +216,8 @@ def test_scattering_and_gathering_compile_and_export_without_the_curve_in_the_gr
         (lambda: CurveRoutes("peano"), "'peano'; it must be one of raster"),
         (lambda: CurveRoutes("hilbert", 3), "num_routes is 3; it must be 2, 4 or 8"),
         (lambda: WindowRoutes(0), "window is 0"),
+        (lambda: SelectedRoutes(CrossRoutes(), (1, 4)), "indices is (1, 4); it must hold numbers from 0 to 3"),
+        (lambda: SelectedRoutes(CrossRoutes(), ()), "indices is ()"),
         (lambda: TriOrientedRoutes(4).orders((3, 3, 3)), "27 voxels"),
         (lambda: GivenRoutes((2, 2), ()), "at least one route"),
         (lambda: GivenRoutes((2, 2), ((0, 1, 1, 2),)), "each at most once"),

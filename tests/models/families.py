@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import timm
@@ -21,6 +22,7 @@ class Family:
         compiled: constructor arguments of a still smaller one, for compilation.
         exempt: last parts of the names of the parameters that are exempt from weight decay though not
             one-dimensional or a bias by name.
+        refine: (model, pooled features) -> what its classifier gets.
     """
 
     small: dict
@@ -28,6 +30,7 @@ class Family:
     rates: tuple[float, ...]
     compiled: dict
     exempt: tuple[str, ...] = field(default=())
+    refine: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor] = lambda model, pooled: pooled
 
 
 _FOUR = (16, 24, 32, 48)
@@ -41,17 +44,43 @@ _VMAMBA = Family(
 
 _EFFICIENTVMAMBA = replace(_VMAMBA, compiled={"depths": (1, 1, 1), "dims": (8, 16, 24)})
 
+_GROUPMAMBA = Family(
+    small={"depths": (1, 1, 2, 1), "dims": _FOUR, "stem_dim": 8, "mlp_ratios": (2.0, 2.0, 2.0, 2.0)},
+    dims=_FOUR,
+    rates=(0.0, 0.1, 0.2, 0.3, 0.4),
+    compiled={"depths": (1, 1), "dims": (8, 16), "stem_dim": 4, "mlp_ratios": (2.0, 2.0)},
+    # Scan parameters decay as in the official training.
+    exempt=(),
+    refine=lambda model, pooled: model.class_block(pooled),
+)
+_VSSD = Family(
+    small={"depths": (1, 1, 2, 1), "dims": _FOUR, "num_heads": (2, 2, 4, 4), "d_state": 8},
+    dims=_FOUR,
+    rates=(0.0, 0.1, 0.2, 0.3, 0.4),
+    compiled={"depths": (1, 1), "dims": (8, 16), "num_heads": (2, 2)},
+)
+
 # By the part of the registered name before the size.
 FAMILIES = {
     "efficientvmamba": _EFFICIENTVMAMBA,
+    "groupmamba": _GROUPMAMBA,
     "msvmamba": _VMAMBA,
     "msvmambav3": _VMAMBA,
     "vmamba": _VMAMBA,
     "vmambav0": _VMAMBA,
+    "vssd": _VSSD,
 }
 
 # One name for each set of parts: compilation takes seconds.
-COMPILED = ("vmamba_tiny", "vmambav0_tiny", "efficientvmamba_tiny", "msvmamba_nano", "msvmambav3_tiny")
+COMPILED = (
+    "vmamba_tiny",
+    "vmambav0_tiny",
+    "efficientvmamba_tiny",
+    "groupmamba_tiny",
+    "msvmamba_nano",
+    "msvmambav3_tiny",
+    "vssd_micro",
+)
 
 NAMES = [name for name in timm.list_models() if timm.models.model_entrypoint(name).__module__.startswith("vssm.")]
 
@@ -73,6 +102,12 @@ def create(name: str, seed: int = 0, **kwargs: object) -> torch.nn.Module:
 def create_tiny(name: str) -> torch.nn.Module:
     """A model of fewer layers yet, with three classes."""
     return create(name, num_classes=3, **family(name).compiled)
+
+
+def classifiers(model: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
+    """The final layers of a model: one, or two whose mean is the output."""
+    found = model.get_classifier()
+    return found if isinstance(found, tuple) else (found,)
 
 
 def images(*shape: int) -> torch.Tensor:

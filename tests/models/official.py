@@ -26,32 +26,39 @@ def meta_state(file: str) -> dict[str, torch.Tensor]:
     return {key: torch.empty(shape, device="meta") for key, shape in load_golden(file)["state"]}
 
 
+def assert_names_convert(model: torch.nn.Module, file: str) -> None:
+    """Fails unless the names of that golden file become the model's, and those stay as they are."""
+    own = model.convert_official(meta_state(file))
+    # Golden files leave out the counters of batch normalisation, which decide nothing.
+    assert own.keys() == {key for key in model.state_dict() if not key.endswith("num_batches_tracked")}
+    assert model.convert_official(own).keys() == own.keys()
+
+
 def stages_and_logits(model: torch.nn.Module, golden: dict) -> dict[str, torch.Tensor]:
-    """{"logits", "stage0", ...} of `model` for the input of the golden file."""
+    """{"logits", "stage0", ...} of `model` for the input of the golden file, maps as tokens where that has tokens."""
     x = torch.from_numpy(parity.fill_input(golden["input"]))
     with torch.inference_mode():
         final, maps = model.forward_intermediates(x)
-        return {"logits": model.forward_head(final)} | {f"stage{i}": stage for i, stage in enumerate(maps)}
+        got = {"logits": model.forward_head(final)} | {f"stage{i}": stage for i, stage in enumerate(maps)}
+    return {tap: _as_recorded(value, golden["outputs"][tap]) for tap, value in got.items()}
 
 
 def recorded_taps(model: torch.nn.Module, golden: dict, places: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """`stages_and_logits`, and the outputs of the submodules `places` names for the other taps of the golden file.
-
-    Maps become tokens (B, H*W, C) where the official code has tokens, and get the official order of their dimensions,
-    whichever of the two layouts they have here.
-    """
+    """`stages_and_logits`, and the outputs of the submodules that `places` names for other taps of the golden file."""
     got = {}
     hooks = [
         model.get_submodule(place).register_forward_hook(lambda module, args, out, tap=tap: got.__setitem__(tap, out))
         for tap, place in places.items()
     ]
-    got |= stages_and_logits(model, golden)
+    whole = stages_and_logits(model, golden)
     for hook in hooks:
         hook.remove()
-    return {tap: _as_recorded(value, golden["outputs"][tap]["shape"]) for tap, value in got.items()}
+    return whole | {tap: _as_recorded(value, golden["outputs"][tap]) for tap, value in got.items()}
 
 
-def _as_recorded(x: torch.Tensor, shape: list[int]) -> torch.Tensor:
+def _as_recorded(x: torch.Tensor, want: dict) -> torch.Tensor:
+    """A map in either layout -> tokens (B, H*W, C) if the tap holds tokens, else the tap's order of dimensions."""
+    shape = want["shape"]
     if x.ndim == 4 and len(shape) == 3:
         return x.flatten(1, 2) if x.shape[3] == shape[2] else x.flatten(2).transpose(1, 2)
     if x.ndim == 4:

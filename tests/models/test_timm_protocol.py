@@ -6,7 +6,7 @@ import pickle
 import pytest
 import timm
 import torch
-from families import COMPILED, NAMES, create, create_tiny, family, images
+from families import COMPILED, NAMES, classifiers, create, create_tiny, family, images
 from timm.optim import param_groups_weight_decay
 
 every_name = pytest.mark.parametrize("name", NAMES)
@@ -17,7 +17,8 @@ def test_the_published_names_are_registered():
     sizes += [f"efficientvmamba_{size}" for size in ("tiny", "small", "base")]
     sizes += [f"msvmamba_{size}" for size in ("nano", "micro", "tiny")]
     sizes += [f"msvmambav3_{size}" for size in ("tiny", "small", "base")]
-    assert set(sizes) <= set(NAMES)
+    sizes += [f"{family}_{size}" for family in ("groupmamba", "vssd") for size in ("tiny", "small", "base")]
+    assert {*sizes, "vssd_micro"} <= set(NAMES)
 
 
 @every_name
@@ -32,7 +33,7 @@ def test_any_number_of_classes_and_channels(name, num_classes, in_chans):
 def test_resetting_the_classifier_keeps_dtype_mode_and_dropout(name):
     model = create(name, drop_rate=0.4).double().train()
     model.reset_classifier(3)
-    assert model.get_classifier().weight.dtype == torch.float64
+    assert {layer.weight.dtype for layer in classifiers(model)} == {torch.float64}
     assert model.head.training and model.head.drop.p == 0.4
 
 
@@ -80,7 +81,9 @@ def test_the_configuration_names_real_layers_and_published_weights(name):
     model = create(name)
     cfg = model.pretrained_cfg
     assert model.get_submodule(cfg["first_conv"]).weight.shape[1] == 3
-    assert model.get_submodule(cfg["classifier"]).out_features == cfg["num_classes"] == 1000
+    heads = [cfg["classifier"]] if isinstance(cfg["classifier"], str) else cfg["classifier"]
+    assert tuple(model.get_submodule(head) for head in heads) == classifiers(model)
+    assert {head.out_features for head in classifiers(model)} == {1000} == {cfg["num_classes"]}
     assert cfg["license"] and cfg["tag"]
     # Either a file to download, or pages where a person finds it.
     assert timm.is_model_pretrained(f"{name}.{cfg['tag']}") == bool(cfg["url"])

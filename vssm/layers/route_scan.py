@@ -3,13 +3,12 @@
 Letters: B batch, P positions of a map or volume, D its channels, K routes, L steps, N states, R rank of dt.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import cross_selective_scan
+from .initialise import init_step_bias
 
 
 class RouteScan(nn.Module):
@@ -43,15 +42,13 @@ class RouteScan(nn.Module):
         self.reset_parameters()
 
     @torch.no_grad()
-    def reset_parameters(self, dt_min: float = 1e-3, dt_max: float = 0.1) -> None:
-        """Mamba's initialisation: A = -1..-N, D = 1, and a bias that makes dt log-uniform in [dt_min, dt_max]."""
+    def reset_parameters(self) -> None:
+        """Mamba's initialisation: A = -1..-N, D = 1, and a bias that makes dt log-uniform in [0.001, 0.1]."""
         bound = self.x_proj_weight.shape[-1] ** -0.5
         self.x_proj_weight.uniform_(-bound, bound)
         bound = self.dt_rank**-0.5
         self.dt_projs_weight.uniform_(-bound, bound)
-        dt = self.dt_projs_bias.uniform_(math.log(dt_min), math.log(dt_max)).exp()
-        # Inverse of softplus.
-        self.dt_projs_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        init_step_bias(self.dt_projs_bias)
         states = torch.arange(1, self.d_state + 1, dtype=self.A_logs.dtype, device=self.A_logs.device)
         self.A_logs.copy_(states.log().expand_as(self.A_logs))
         self.Ds.fill_(1.0)

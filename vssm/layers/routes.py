@@ -137,6 +137,31 @@ class CrossRoutes(Routes):
 
 
 @dataclass(frozen=True)
+class SelectedRoutes(Routes):
+    """Some of other routes, in the order of `indices`; those may leave positions out.
+
+    Args:
+        routes: the routes to choose from.
+        indices: at least one number of theirs, from 0.
+    """
+
+    routes: Routes
+    indices: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        last = self.routes.num_routes - 1
+        if not self.indices or not all(0 <= k <= last for k in self.indices):
+            raise ValueError(f"SelectedRoutes: indices is {self.indices}; it must hold numbers from 0 to {last}")
+
+    @property
+    def num_routes(self) -> int:
+        return len(self.indices)
+
+    def orders(self, size: tuple[int, ...]) -> np.ndarray:
+        return self.routes.orders(size)[list(self.indices)]
+
+
+@dataclass(frozen=True)
 class BidirectionalRoutes(Routes):
     """Row-major order and its reverse (Vim, arXiv 2401.09417), for any number of sizes."""
 

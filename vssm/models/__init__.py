@@ -1,7 +1,9 @@
 """timm backbones, one file per paper. Importing this package registers them with timm."""
 
 from .efficientvmamba import EfficientVMamba
+from .groupmamba import GroupMamba
 from .msvmamba import MSVMamba, MSVMambaV3
 from .vmamba import VMamba
+from .vssd import VSSD
 
-__all__ = ["EfficientVMamba", "MSVMamba", "MSVMambaV3", "VMamba"]
+__all__ = ["VSSD", "EfficientVMamba", "GroupMamba", "MSVMamba", "MSVMambaV3", "VMamba"]
