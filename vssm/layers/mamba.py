@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import causal_conv1d, selective_scan
@@ -19,6 +20,8 @@ __all__ = ["Mamba"]
 _DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 1e-1, 1e-4
 
 
+# torch.fx cannot follow the checks of the scan op; the layer is one node of a traced graph.
+@register_notrace_module
 class Mamba(nn.Module):
     """Mamba mixer with the parameter names and the initialisation of mamba_ssm, so that its weights load as they are.
 
@@ -38,6 +41,11 @@ class Mamba(nn.Module):
     Raises:
         ValueError: for a size below 1 or an unknown dt_rank; in forward for an input that is not (B, L, d_model).
     """
+
+    # Part of the recurrence itself, as the official code declares; timm's own rule sees only one-dimensional parameters.
+    exempt_from_decay = ("A_log", "D")
+    # The scan between convolution and gate.
+    recurrence = staticmethod(selective_scan)
 
     def __init__(
         self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: int = 2, dt_rank: int | str = "auto"
@@ -85,7 +93,7 @@ class Mamba(nn.Module):
         u, z = _project(to_u, x), _project(to_z, x)
         u = causal_conv1d(u, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu")
         dt, b, c = _project(self.x_proj.weight, u).split([rank, states, states], dim=1)
-        y = selective_scan(
+        y = self.recurrence(
             u,
             _project(self.dt_proj.weight, dt),
             -torch.exp(self.A_log.to(wide)),

@@ -9,6 +9,7 @@ Letters: B batch, D channels, K routes, L steps of a sequence, P positions of th
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,8 +65,23 @@ class Routes(ABC):
         total = sum(y[:, k].index_select(2, route) for k, route in enumerate(inverse % y.shape[3]))
         return total.unflatten(2, tuple(size))
 
+    def along(self, x: Tensor, size: Sequence[int]) -> Sequence[Tensor]:
+        """Positions (B, P, D) of a map of `size`, channels last -> the sequence (B, L, D) of every route."""
+        return _select(x, self._both_tables(size, x.device)[0])
+
+    def back(self, sequences: Sequence[Tensor], size: Sequence[int]) -> Sequence[Tensor]:
+        """K sequences (B, L, D) -> each at its positions (B, P, D) of a map of `size`, 0 where its route does not pass."""
+        _, inverse = self._both_tables(size, sequences[0].device)
+        return [_select(y, route[None])[0] for y, route in zip(sequences, inverse, strict=True)]
+
     def _both_tables(self, size: Sequence[int], device: torch.device | str) -> tuple[Tensor, Tensor]:
         return _tables_of(self, tuple(int(side) for side in size), str(device))
+
+
+def _select(x: Tensor, rows: Tensor) -> list[Tensor]:
+    """Of x (B, P, D) the rows that each line of `rows` names, in that order; zeros for -1."""
+    x = pad(x, (0, 0, 0, 1))
+    return [x.index_select(1, line) for line in rows % x.shape[1]]
 
 
 # Executed, not traced, by torch.compile: the curves are Python loops over positions.
@@ -169,6 +185,14 @@ class BidirectionalRoutes(Routes):
 
     def orders(self, size: tuple[int, ...]) -> np.ndarray:
         return _there_and_back(_raster(size).ravel())
+
+    # What the tables say, without copies by index.
+    def along(self, x: Tensor, size: Sequence[int]) -> Sequence[Tensor]:
+        return x, x.flip(1)
+
+    def back(self, sequences: Sequence[Tensor], size: Sequence[int]) -> Sequence[Tensor]:
+        there, back = sequences
+        return there, back.flip(1)
 
 
 @dataclass(frozen=True)
@@ -292,12 +316,24 @@ class TriOrientedRoutes(Routes):
 
     def orders(self, size: tuple[int, ...]) -> np.ndarray:
         order = _raster(size).ravel()
-        slices = self.num_slices or size[0]
-        if len(order) % slices:
+        return np.stack([order, order[::-1], order.reshape(self._slices(size), -1).T.ravel()])
+
+    # What the tables say, without copies by index.
+    def along(self, x: Tensor, size: Sequence[int]) -> Sequence[Tensor]:
+        return x, x.flip(1), x.unflatten(1, (self._slices(size), -1)).transpose(1, 2).flatten(1, 2)
+
+    def back(self, sequences: Sequence[Tensor], size: Sequence[int]) -> Sequence[Tensor]:
+        there, back, across = sequences
+        return there, back.flip(1), across.unflatten(1, (-1, self._slices(size))).transpose(1, 2).flatten(1, 2)
+
+    def _slices(self, size: Sequence[int]) -> int:
+        """Number of slices; ValueError unless they cut a volume of `size` into equal runs."""
+        slices, voxels = self.num_slices or size[0], math.prod(size)
+        if voxels % slices:
             raise ValueError(
-                f"TriOrientedRoutes: {len(order)} voxels of {size} cannot be cut into {slices} equal slices"
+                f"TriOrientedRoutes: {voxels} voxels of {tuple(size)} cannot be cut into {slices} equal slices"
             )
-        return np.stack([order, order[::-1], order.reshape(slices, -1).T.ravel()])
+        return slices
 
 
 @dataclass(frozen=True)

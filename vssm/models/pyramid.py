@@ -8,27 +8,12 @@ Letters: B batch, C channels, H height, W width.
 
 from collections.abc import Sequence
 
-from timm.layers import ClassifierHead, register_notrace_function
+from timm.layers import ClassifierHead
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-MIN_SIZE = 32
-
-
-# torch.fx cannot follow comparisons of sizes; the check is one node of a traced graph.
-@register_notrace_function
-def checked_image(x: Tensor, in_chans: int) -> Tensor:
-    """x itself, if it is a batch of images (B, in_chans, H, W) with H and W of at least MIN_SIZE, else ValueError."""
-    if x.ndim != 4 or x.shape[1] != in_chans:
-        raise ValueError(f"images must have shape (batch, {in_chans}, height, width), got {tuple(x.shape)}")
-    height, width = x.shape[2:]
-    if height < MIN_SIZE or width < MIN_SIZE:
-        raise ValueError(
-            f"images must be at least {MIN_SIZE} x {MIN_SIZE} pixels, got {height} x {width}; "
-            f"pad or resize to {max(height, MIN_SIZE)} x {max(width, MIN_SIZE)}"
-        )
-    return x
+from .backbone import Backbone, checked_image
 
 
 class Stage(nn.Module):
@@ -57,7 +42,7 @@ def pyramid_info(dims: Sequence[int], reduction: int = 4) -> list[dict]:
     return [{"num_chs": dim, "reduction": reduction * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)]
 
 
-class Pyramid(nn.Module):
+class Pyramid(Backbone):
     """What timm expects of a hierarchical backbone, written once.
 
     The constructor of a model sets `in_chans`, `drop_rate`, `num_features` (channels of the last stage), `stem`,
@@ -66,12 +51,11 @@ class Pyramid(nn.Module):
     `vssm.checkpoint.load_official`. TorchScript is not supported.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W), any H and W from 32 up -> logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
-
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images -> normalised map (B, num_features, H/32, W/32), sizes rounded up or down as the model's stages do."""
+        """Images (B, in_chans, H, W), any H and W from 32 up -> normalised map (B, num_features, H/32, W/32).
+
+        Sizes are rounded up or down as the model's stages do.
+        """
         return self.norm(self.stages(self._embed(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -152,14 +136,6 @@ class Pyramid(nn.Module):
         """Recompute every block in the backward pass instead of keeping its activations."""
         for stage in self.stages:
             stage.grad_checkpointing = enable
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that layers declare in `exempt_from_decay`; timm adds biases and one-dimensional ones itself."""
-        return {
-            f"{prefix}.{name}"
-            for prefix, module in self.named_modules()
-            for name in getattr(module, "exempt_from_decay", ())
-        }
 
     def _embed(self, x: Tensor) -> Tensor:
         return self.stem(checked_image(x, self.in_chans))
