@@ -2,8 +2,10 @@
 
 from .efficientvmamba import EfficientVMamba
 from .groupmamba import GroupMamba
+from .lbvim import LBVim
 from .msvmamba import MSVMamba, MSVMambaV3
+from .vim import Vim
 from .vmamba import VMamba
 from .vssd import VSSD
 
-__all__ = ["VSSD", "EfficientVMamba", "GroupMamba", "MSVMamba", "MSVMambaV3", "VMamba"]
+__all__ = ["VSSD", "EfficientVMamba", "GroupMamba", "LBVim", "MSVMamba", "MSVMambaV3", "VMamba", "Vim"]
