@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from .precision import without_autocast
 from .route_scan import RouteScan
 from .routes import Routes
 
@@ -82,7 +83,7 @@ class MultiMamba(nn.Module):
         to_u, to_z = self.in_proj.weight.chunk(2)
         y = self.scan(self._convolve(F.linear(x, to_u), size), order).sum(2)
         gate = F.silu(F.linear(x, to_z)) * self.scale
-        with torch.autocast(y.device.type, enabled=False):
+        with without_autocast(y):
             return F.linear(y * gate, self.out_proj.weight.to(y.dtype)).unflatten(1, size)
 
     def _convolve(self, u: Tensor, size: Sequence[int]) -> Tensor:

@@ -22,11 +22,7 @@ def checked_image(x: Tensor, in_chans: int, min_size: int = MIN_SIZE) -> Tensor:
 
 
 class Backbone(nn.Module):
-    """Base of `Pyramid` and `Isotropic`; a subclass has `forward_features` and `forward_head`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) -> logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
+    """Base of `Pyramid` and `Isotropic`. Their `forward` is not here: torch.fx replaces functions in its file alone."""
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that layers declare in `exempt_from_decay`; timm adds biases and one-dimensional ones itself."""

@@ -156,8 +156,12 @@ class Isotropic(Backbone):
         positions = resampled(self.pos_embed.detach(), old, self.grid_size, self.num_prefix_tokens)
         self.pos_embed = nn.Parameter(positions, requires_grad=self.pos_embed.requires_grad)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W), H and W of a patch at least -> logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) -> normalised tokens (B, [1 +] N, C), the class token, if any, first."""
+        """Images -> normalised tokens (B, [1 +] N, C), the class token, if any, first."""
         x = self._embed(x)
         x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
         return self._class_first(self.norm(x))
@@ -271,17 +275,18 @@ class Isotropic(Backbone):
     def _embed(self, x: Tensor) -> Tensor:
         x = checked_image(x, self.in_chans, self.patch_size)
         if not self.dynamic_img_size:
-            x = _of_size(x, self.img_size)
+            x = image_of_size(x, self.img_size)
         x = self.patch_embed(x)
-        return _sequence(x, self.cls_token, self.pos_embed, self.grid_size)
+        return with_positions(x, self.cls_token, self.pos_embed, self.grid_size)
 
     def _class_first(self, x: Tensor) -> Tensor:
         return class_first(x) if self.num_prefix_tokens else x
 
 
-# torch.fx cannot follow what depends on sizes; each of these functions is one node of a traced graph.
+# torch.fx cannot follow what depends on sizes; each of these functions is one node of a traced graph (none whose name
+# starts with an underscore can be).
 @register_notrace_function
-def _of_size(x: Tensor, size: tuple[int, int]) -> Tensor:
+def image_of_size(x: Tensor, size: tuple[int, int]) -> Tensor:
     """x itself, if it is images of that size, else ValueError."""
     if tuple(x.shape[2:]) != size:
         raise ValueError(
@@ -314,7 +319,7 @@ def resampled(positions: Tensor, old: tuple[int, int], new: tuple[int, int], pre
 
 
 @register_notrace_function
-def _sequence(x: Tensor, cls_token: Tensor | None, positions: Tensor, grid: tuple[int, int]) -> Tensor:
+def with_positions(x: Tensor, cls_token: Tensor | None, positions: Tensor, grid: tuple[int, int]) -> Tensor:
     """Embedded patches (B, C, rows, columns) -> the stream (B, [1 +] N, C), in float32 at least."""
     positions = resampled(positions, grid, tuple(x.shape[2:]), int(cls_token is not None))
     x = x.flatten(2).transpose(1, 2)

@@ -51,11 +51,12 @@ class Pyramid(Backbone):
     `vssm.checkpoint.load_official`. TorchScript is not supported.
     """
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W), any H and W from 32 up -> normalised map (B, num_features, H/32, W/32).
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W), any H and W from 32 up -> logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
 
-        Sizes are rounded up or down as the model's stages do.
-        """
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images -> normalised map (B, num_features, H/32, W/32), sizes rounded up or down as the model's stages do."""
         return self.norm(self.stages(self._embed(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
