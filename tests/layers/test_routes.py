@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import pickle
 from pathlib import Path
 
@@ -166,6 +167,20 @@ def test_gathering_takes_each_routes_output_back_to_where_its_input_came_from(ro
         visited = torch.zeros(x.numel(), dtype=torch.bool)
         visited[[p for p in routes.orders(size)[k] if p >= 0]] = True
         assert torch.equal(routes.gather(alone, size), x * visited.view(x.shape))
+
+
+@pytest.mark.parametrize(("routes", "size"), CASES)
+def test_sequences_one_by_one_are_those_of_the_tables_and_lead_back_to_their_positions(routes, size):
+    x = torch.randn(2, math.prod(size), 3)
+    sequences = routes.along(x, size)
+    want = routes.scatter(x.transpose(1, 2).unflatten(2, size))
+    assert len(sequences) == routes.num_routes
+    for k, sequence in enumerate(sequences):
+        assert torch.equal(sequence, want[:, k].transpose(1, 2))
+    for visited, got in zip(routes.orders(size), routes.back(sequences, size), strict=True):
+        passed = torch.zeros(math.prod(size), 1)
+        passed[visited[visited >= 0]] = 1.0
+        assert torch.equal(got, x * passed)
 
 
 def test_steps_of_padding_are_zero():

@@ -41,6 +41,21 @@ _VMAMBA = Family(
     compiled={"depths": (1, 1), "dims": (8, 16)},
     exempt=("A_logs", "Ds", "dt_projs_bias"),
 )
+_VIM = Family(
+    small={"embed_dim": 16, "depth": 5},
+    dims=(16,),
+    rates=(0.0, 0.1, 0.2, 0.3, 0.4),
+    compiled={"embed_dim": 8, "depth": 2},
+    exempt=("pos_embed", "cls_token", "A_logs", "Ds", "dt_projs_bias"),
+)
+_LBVIM = Family(
+    # Six heads pool the tokens of one of them.
+    small={"embed_dim": 24, "depth": 5},
+    dims=(24,),
+    rates=(0.0, 0.1, 0.2, 0.3, 0.4),
+    compiled={"embed_dim": 12, "depth": 2},
+    exempt=("pos_embed", "A_log", "D"),
+)
 
 _EFFICIENTVMAMBA = replace(_VMAMBA, compiled={"depths": (1, 1, 1), "dims": (8, 16, 24)})
 
@@ -66,6 +81,8 @@ FAMILIES = {
     "groupmamba": _GROUPMAMBA,
     "msvmamba": _VMAMBA,
     "msvmambav3": _VMAMBA,
+    "lbvim": _LBVIM,
+    "vim": _VIM,
     "vmamba": _VMAMBA,
     "vmambav0": _VMAMBA,
     "vssd": _VSSD,
@@ -80,6 +97,9 @@ COMPILED = (
     "msvmamba_nano",
     "msvmambav3_tiny",
     "vssd_micro",
+    "vim_tiny",
+    "lbvim_tiny",
+    "lbvim_528",
 )
 
 NAMES = [name for name in timm.list_models() if timm.models.model_entrypoint(name).__module__.startswith("vssm.")]
@@ -91,6 +111,7 @@ def family(name: str) -> Family:
 
 
 PYRAMIDS = [name for name in NAMES if len(family(name).dims) > 1]
+ISOTROPIC = [name for name in NAMES if len(family(name).dims) == 1]
 
 
 def create(name: str, seed: int = 0, **kwargs: object) -> torch.nn.Module:

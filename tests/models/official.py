@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import parity
+import timm
 import torch
+
+from vssm.models.isotropic import Isotropic, class_in_the_middle, quarter_features
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -34,10 +37,21 @@ def assert_names_convert(model: torch.nn.Module, file: str) -> None:
     assert model.convert_official(own).keys() == own.keys()
 
 
+def model_of(golden: dict) -> torch.nn.Module:
+    """The registered model that is the official one of a golden file of the same name, with its weights' sizes."""
+    return timm.create_model(golden["name"], **golden["source"]["kwargs"])
+
+
 def stages_and_logits(model: torch.nn.Module, golden: dict) -> dict[str, torch.Tensor]:
-    """{"logits", "stage0", ...} of `model` for the input of the golden file, maps as tokens where that has tokens."""
+    """{"logits", "stage0", ...} of `model` for the input of the golden file, maps as tokens where that has tokens.
+
+    Of isotropic models: logits, what feeds the head ("features"), and after each quarter of the blocks the residual
+    stream ("stage0", ...) and what the last mixer added to it ("mixer0", ...), in the order of the sequence.
+    """
     x = torch.from_numpy(parity.fill_input(golden["input"]))
     with torch.inference_mode():
+        if isinstance(model, Isotropic):
+            return _isotropic_taps(model, x)
         final, maps = model.forward_intermediates(x)
         got = {"logits": model.forward_head(final)} | {f"stage{i}": stage for i, stage in enumerate(maps)}
     return {tap: _as_recorded(value, golden["outputs"][tap]) for tap, value in got.items()}
@@ -65,6 +79,22 @@ def _as_recorded(x: torch.Tensor, want: dict) -> torch.Tensor:
         orders = [(0, 1, 2, 3), (0, 2, 3, 1), (0, 3, 1, 2)]
         return next((x.permute(order) for order in orders if list(x.permute(order).shape) == shape), x)
     return x
+
+
+def _isotropic_taps(model: Isotropic, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    final = model.forward_features(x)
+    # The official attention pool belongs to the head.
+    features = final if model.global_pool == "map" else model.forward_head(final, pre_logits=True)
+    taps = {"logits": model(x), "features": features}
+    ends = quarter_features(len(model.blocks))["out_indices"]
+    for tap, residual in (("stage", True), ("mixer", False)):
+        options = {"return_prefix_tokens": True, "output_fmt": "NLC", "intermediates_only": True, "residual": residual}
+        for i, tokens in enumerate(model.forward_intermediates(x, ends, **options)):
+            if model.num_prefix_tokens:
+                patches, token = tokens
+                tokens = class_in_the_middle(torch.cat([token, patches], dim=1))
+            taps[f"{tap}{i}"] = tokens
+    return taps
 
 
 def assert_parity(got: dict[str, torch.Tensor], golden: dict, tolerance: float | dict[str, float]) -> None:

@@ -42,7 +42,7 @@ class Mamba(nn.Module):
         ValueError: for a size below 1 or an unknown dt_rank; in forward for an input that is not (B, L, d_model).
     """
 
-    # Part of the recurrence itself, as the official code declares; timm's own rule sees only one-dimensional parameters.
+    # The recurrence itself is not decayed, as the official code declares; timm's own rule sees dimensions alone.
     exempt_from_decay = ("A_log", "D")
     # The scan between convolution and gate.
     recurrence = staticmethod(selective_scan)

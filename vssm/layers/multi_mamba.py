@@ -104,8 +104,8 @@ def stack_official(state_dict: Mapping[str, Tensor], suffixes: Sequence[str]) ->
     """`state_dict` with the official parameters of every mixer, one per route, put together as `MultiMamba` has them.
 
     Args:
-        state_dict: names as in the official code, with any prefix: x_proj.weight and x_proj_b.weight, A_log and A_b_log.
-            Other names stay, and so do a mixer's if some are missing.
+        state_dict: official names with any prefix: x_proj.weight and x_proj_b.weight, A_log and A_b_log. Other names
+            stay, and so do a mixer's if some are missing.
         suffixes: what the names of each route carry, in order: ("", "_b") or ("", "_b", "_s").
     """
     out = dict(state_dict)

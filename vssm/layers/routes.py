@@ -70,7 +70,7 @@ class Routes(ABC):
         return _select(x, self._both_tables(size, x.device)[0])
 
     def back(self, sequences: Sequence[Tensor], size: Sequence[int]) -> Sequence[Tensor]:
-        """K sequences (B, L, D) -> each at its positions (B, P, D) of a map of `size`, 0 where its route does not pass."""
+        """K sequences (B, L, D) -> each at its positions (B, P, D), 0 where its route does not pass."""
         _, inverse = self._both_tables(size, sequences[0].device)
         return [_select(y, route[None])[0] for y, route in zip(sequences, inverse, strict=True)]
 

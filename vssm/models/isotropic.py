@@ -119,9 +119,7 @@ class Isotropic(Backbone):
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if class_token else None
         self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid_size) + self.num_prefix_tokens, embed_dim))
         rates = drop_path_rates(drop_path_rate, [len(mixers)])[0]
-        self.blocks = nn.Sequential(
-            *[Block(embed_dim, mixer, rate) for mixer, rate in zip(mixers, rates, strict=True)]
-        )
+        self.blocks = nn.Sequential(*[Block(embed_dim, mixer, rate) for mixer, rate in zip(mixers, rates, strict=True)])
         self.norm = StreamNorm(embed_dim)
         self.feature_info = [
             {"num_chs": embed_dim, "reduction": self.stride, "module": f"blocks.{i}"} for i in range(len(mixers))
@@ -290,8 +288,8 @@ def image_of_size(x: Tensor, size: tuple[int, int]) -> Tensor:
     """x itself, if it is images of that size, else ValueError."""
     if tuple(x.shape[2:]) != size:
         raise ValueError(
-            f"images must be {size[0]} x {size[1]} pixels, got {x.shape[2]} x {x.shape[3]}; resize them, make the model "
-            "with that img_size, or with dynamic_img_size=True"
+            f"images must be {size[0]} x {size[1]} pixels, got {x.shape[2]} x {x.shape[3]}; resize them, make the "
+            "model with that img_size, or with dynamic_img_size=True"
         )
     return x
 
@@ -310,7 +308,7 @@ def class_in_the_middle(x: Tensor) -> Tensor:
 
 
 def resampled(positions: Tensor, old: tuple[int, int], new: tuple[int, int], prefix_tokens: int) -> Tensor:
-    """Positional embeddings (1, tokens, C) of a grid `old` -> of a grid `new`; the class token's stay, in the middle."""
+    """Positional embeddings (1, tokens, C) of a grid `old` -> of a grid `new`; the class token keeps its own."""
     if old == new:
         return positions
     positions = class_first(positions) if prefix_tokens else positions

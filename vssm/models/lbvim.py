@@ -26,7 +26,7 @@ from .building import build, imagenet_cfg
 from .isotropic import Isotropic, quarter_features
 
 
-# As Mamba, one node of a traced graph.
+# These two are nodes of a traced graph, as Mamba is.
 @register_notrace_module
 class LocalMamba(Mamba):
     """Mamba whose scan looks ahead within windows (section 3.2). Sequences (B, N, d_model) -> the same shape.
@@ -51,6 +51,7 @@ class LocalMamba(Mamba):
         return super().forward(x.flip(1)).flip(1) if self.backwards else super().forward(x)
 
 
+@register_notrace_module
 class AttentionPool(nn.Module):
     """Attention of one learned query to all tokens (B, N, C), then LayerNorm -> (B, C). No projection of the query."""
 
