@@ -117,7 +117,7 @@ def _cfg() -> dict:
         "",
         pool_size=None,
         first_conv="patch_embed",
-        license="not stated",
+        license="none stated",
         paper_ids="arXiv:2506.15976",
         paper_name="LBMamba: Locally Bi-directional Mamba",
         origin_url="https://github.com/cvlab-stonybrook/LBMamba",

@@ -1,6 +1,6 @@
 """Vim, Vision Mamba: bidirectional Mamba on a sequence of patches with a class token in its middle (arXiv 2401.09417).
 
-Code of the paper: https://github.com/hustvl/Vim, Apache-2.0 licence; its weights, linked below, come with the same.
+Code of the paper: https://github.com/hustvl/Vim, Apache-2.0 licence; it states no other for the weights, linked below.
 Nothing here is taken from it.
 
 The code's block hands its mixer's output to the next block, which adds it to the residual stream; that is a common
