@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from gradients import assert_reference_gradients
 from tolerances import relative_rms
 
 from vssm.layers.mamba import Mamba
 from vssm.layers.multi_mamba import MultiMamba, stack_official
 from vssm.layers.routes import AtrousRoutes, BidirectionalRoutes, CrossRoutes, TriOrientedRoutes
-from vssm.ops import use_reference
 
 SUFFIXES = ("", "_b", "_s", "_t")
 CASES = [
@@ -64,16 +64,7 @@ def test_the_output_is_the_sum_or_mean_of_one_mamba_per_route(routes, size, mean
 
 def test_every_parameter_gets_the_reference_gradient():
     torch.manual_seed(0)
-    mixer, x = MultiMamba(8, TriOrientedRoutes(), d_state=4), torch.randn(2, 4, 5, 8)
-    weight = torch.randn_like(x)
-    (mixer(x) * weight).sum().backward()
-    gradients = {name: p.grad.clone() for name, p in mixer.named_parameters()}
-    mixer.double().zero_grad()
-    with use_reference():
-        (mixer(x.double()) * weight).sum().backward()
-    for name, p in mixer.named_parameters():
-        assert p.grad.abs().max() > 0, name
-        assert relative_rms(gradients[name], p.grad) < 1e-4, name
+    assert_reference_gradients(MultiMamba(8, TriOrientedRoutes(), d_state=4), torch.randn(2, 4, 5, 8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -9,7 +9,7 @@ import parity
 import timm
 import torch
 
-from vssm.models.isotropic import Isotropic, class_in_the_middle, quarter_features
+from vssm.models.isotropic import Isotropic, class_in_the_middle, quarter_ends
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -86,7 +86,7 @@ def _isotropic_taps(model: Isotropic, x: torch.Tensor) -> dict[str, torch.Tensor
     # The official attention pool belongs to the head.
     features = final if model.global_pool == "map" else model.forward_head(final, pre_logits=True)
     taps = {"logits": model(x), "features": features}
-    ends = quarter_features(len(model.blocks))["out_indices"]
+    ends = quarter_ends(len(model.blocks))
     for tap, residual in (("stage", True), ("mixer", False)):
         options = {"return_prefix_tokens": True, "output_fmt": "NLC", "intermediates_only": True, "residual": residual}
         for i, tokens in enumerate(model.forward_intermediates(x, ends, **options)):

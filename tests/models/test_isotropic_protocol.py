@@ -5,10 +5,9 @@ import timm
 import torch
 import torch.nn.functional as F
 from families import ISOTROPIC, create, family, images
-from timm.optim import param_groups_layer_decay
 
 from vssm.checkpoint import load_official
-from vssm.models.isotropic import class_first, class_in_the_middle, quarter_features, resampled
+from vssm.models.isotropic import class_first, class_in_the_middle, quarter_ends, resampled
 
 every_isotropic = pytest.mark.parametrize("name", ISOTROPIC)
 
@@ -88,19 +87,15 @@ def test_any_size_from_one_patch_up_without_resizing(name, size):
 
 
 @every_isotropic
-@pytest.mark.parametrize(
-    ("shape", "message"),
-    [
-        ((1, 3, 15, 64), r"at least 16 x 16 pixels, got 15 x 64; pad or resize to 16 x 64"),
-        ((1, 1, 64, 64), r"shape \(batch, 3, height, width\), got \(1, 1, 64, 64\)"),
-        ((3, 64, 64), r"shape \(batch, 3, height, width\), got \(3, 64, 64\)"),
-    ],
-)
-def test_wrong_images_are_refused_with_what_is_needed(name, shape, message):
+def test_wrong_images_are_refused_with_what_is_needed(name):
     model = create(name)
+    small, gray, single = torch.zeros(1, 3, 15, 64), torch.zeros(1, 1, 64, 64), torch.zeros(3, 64, 64)
     for call in (model, model.forward_features, model.forward_intermediates):
-        with pytest.raises(ValueError, match=message):
-            call(torch.zeros(shape))
+        with pytest.raises(ValueError, match=r"at least 16 x 16 pixels, got 15 x 64; pad or resize to 16 x 64"):
+            call(small)
+        for wrong in (gray, single):
+            with pytest.raises(ValueError, match=r"shape \(batch, 3, height, width\), got "):
+                call(wrong)
 
 
 @every_isotropic
@@ -180,9 +175,9 @@ def test_features_only_takes_the_ends_of_the_quarters_by_default(name):
 
 
 def test_the_ends_of_the_quarters_of_24_blocks_are_those_of_the_papers():
-    assert quarter_features(24)["out_indices"] == (5, 11, 17, 23)
-    assert quarter_features(2)["out_indices"] == (0, 1)
-    assert quarter_features(1)["out_indices"] == (0,)
+    assert quarter_ends(24) == (5, 11, 17, 23)
+    assert quarter_ends(2) == (0, 1)
+    assert quarter_ends(1) == (0,)
 
 
 @every_isotropic
@@ -284,17 +279,14 @@ def test_stochastic_depth_grows_linearly_over_all_blocks(name):
 
 
 @every_isotropic
-def test_layer_decay_gives_earlier_blocks_smaller_rates(name):
+@pytest.mark.parametrize("coarse", [False, True])
+def test_layer_groups_are_stem_blocks_norm_and_head(name, coarse):
     model = create(name)
-    groups = param_groups_layer_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay(), layer_decay=0.5)
-    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
-    path = [next(part.parameters()) for part in (model.patch_embed, *model.blocks, model.head.fc)]
-    scales = [scale[id(p)] for p in path]
-    assert scales == sorted(set(scales)) and scales[-1] == 1.0
-    assert scale[id(model.pos_embed)] == scales[0] and scales[-2] <= scale[id(model.norm.weight)] < 1.0
-    assert len(scale) == len(list(model.parameters()))
-    coarse = timm.models.group_parameters(model, model.group_matcher(coarse=True))
-    assert coarse == timm.models.group_parameters(model, model.group_matcher())
+    groups = timm.models.group_parameters(model, model.group_matcher(coarse), reverse=True)
+    for key in dict(model.named_parameters()):
+        part = key.split(".")
+        number = {"blocks": int(part[1]) + 1 if part[0] == "blocks" else None, "norm": 5, "head": 6, "attn_pool": 6}
+        assert groups[key] == number.get(part[0], 0), key
 
 
 @every_isotropic

@@ -1,5 +1,7 @@
 """LBVim: official outputs and sizes, windows, directions, attention pooling."""
 
+from functools import partial
+
 import parity
 import pytest
 import timm
@@ -73,6 +75,14 @@ def test_own_names_pass_the_conversion_unchanged():
     own = model.convert_official(meta_state("lbvim_528"))
     assert own.keys() == model.state_dict().keys()
     assert model.convert_official(own).keys() == own.keys()
+
+
+def test_the_norms_can_be_layer_norms_as_in_the_code_for_segmentation():
+    layer_norm = partial(torch.nn.LayerNorm, eps=1e-5)
+    model = create("lbvim_tiny", norm_layer=layer_norm)
+    norms = [model.norm, *(block.norm for block in model.blocks)]
+    assert {type(norm) for norm in norms} == {torch.nn.LayerNorm} and len(norms) == 6
+    assert torch.isfinite(model(images(1, 3, 64, 48))).all()
 
 
 def test_every_second_block_walks_backwards():

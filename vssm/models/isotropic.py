@@ -8,7 +8,7 @@ Letters: B batch, C channels, H height, W width, N patches in row-major order.
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from ..layers.drop_path import drop_path_rates
 from ..layers.initialise import init_linear
 from ..layers.pyramid import EPS
 from .backbone import Backbone, checked_image
+from .building import build, imagenet_cfg
 
 _POOLS = ("", "avg", "max", "avgmax")
 
@@ -40,9 +41,9 @@ class StreamNorm(nn.RMSNorm):
 class Block(nn.Module):
     """A pre-normalised mixer added to the residual stream (B, tokens, C), which stays in float32 (or float64)."""
 
-    def __init__(self, dim: int, mixer: nn.Module, drop_path: float):
+    def __init__(self, norm: nn.Module, mixer: nn.Module, drop_path: float):
         super().__init__()
-        self.norm = StreamNorm(dim)
+        self.norm = norm
         self.mixer = mixer
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
@@ -54,10 +55,20 @@ class Block(nn.Module):
         return x + self.drop_path(self.branch(x))
 
 
-def quarter_features(depth: int) -> dict:
-    """Feature extraction settings of `building.build`: by default the blocks that end each quarter of the model."""
-    ends = sorted({math.ceil(quarter * depth / 4) - 1 for quarter in (1, 2, 3, 4)})
-    return {"out_indices": tuple(ends), "feature_cls": "getter"}
+def quarter_ends(depth: int) -> tuple[int, ...]:
+    """The blocks that end each quarter of a model."""
+    return tuple(sorted({math.ceil(quarter * depth / 4) - 1 for quarter in (1, 2, 3, 4)}))
+
+
+def build_isotropic(model: type[nn.Module], name: str, pretrained: bool, depth: int = 24, **kwargs) -> nn.Module:
+    """`building.build`; features are, unless `out_indices` says otherwise, those after each quarter of the blocks."""
+    features = {"out_indices": quarter_ends(depth), "feature_cls": "getter"}
+    return build(model, name, pretrained, features, depth=depth, **kwargs)
+
+
+def isotropic_cfg(url: str, **settings: object) -> dict:
+    """`building.imagenet_cfg` of a model of tokens."""
+    return imagenet_cfg(url, pool_size=None, first_conv="patch_embed", **settings)
 
 
 class Isotropic(Backbone):
@@ -80,6 +91,7 @@ class Isotropic(Backbone):
             for none.
         class_token: put a learned token into the middle of the sequence.
         attn_pool: module (B, N, C) -> (B, C) that pools the patches.
+        norm_layer: called with `embed_dim`, for every block and the end; takes the float32 stream.
         dynamic_img_size: False refuses images of another size than `img_size`.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block; grows linearly from 0 over all blocks.
@@ -100,6 +112,7 @@ class Isotropic(Backbone):
         global_pool: str = "avg",
         class_token: bool = False,
         attn_pool: nn.Module | None = None,
+        norm_layer: Callable[[int], nn.Module] = StreamNorm,
         dynamic_img_size: bool = True,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -119,8 +132,10 @@ class Isotropic(Backbone):
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if class_token else None
         self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid_size) + self.num_prefix_tokens, embed_dim))
         rates = drop_path_rates(drop_path_rate, [len(mixers)])[0]
-        self.blocks = nn.Sequential(*[Block(embed_dim, mixer, rate) for mixer, rate in zip(mixers, rates, strict=True)])
-        self.norm = StreamNorm(embed_dim)
+        self.blocks = nn.Sequential(
+            *[Block(norm_layer(embed_dim), mixer, rate) for mixer, rate in zip(mixers, rates, strict=True)]
+        )
+        self.norm = norm_layer(embed_dim)
         self.feature_info = [
             {"num_chs": embed_dim, "reduction": self.stride, "module": f"blocks.{i}"} for i in range(len(mixers))
         ]

@@ -22,8 +22,7 @@ from ..layers.initialise import init_linear
 from ..layers.mamba import Mamba
 from ..ops import local_bidirectional_scan
 from . import vim
-from .building import build, imagenet_cfg
-from .isotropic import Isotropic, quarter_features
+from .isotropic import Isotropic, build_isotropic, isotropic_cfg
 
 
 # These two are nodes of a traced graph, as Mamba is.
@@ -113,10 +112,8 @@ OFFICIAL_NAMES = [
 
 
 def _cfg() -> dict:
-    return imagenet_cfg(
+    return isotropic_cfg(
         "",
-        pool_size=None,
-        first_conv="patch_embed",
         license="none stated",
         paper_ids="arXiv:2506.15976",
         paper_name="LBMamba: Locally Bi-directional Mamba",
@@ -130,30 +127,29 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _lbvim(name: str, pretrained: bool, args: dict) -> nn.Module:
-    args = {"drop_path_rate": 0.05, **args}
-    return build(LBVim, name, pretrained, quarter_features(args.get("depth", 24)), **args)
-
-
 @register_model
 def lbvim_tiny(pretrained: bool = False, **kwargs) -> nn.Module:
     """LBVim-Ti."""
-    return _lbvim("lbvim_tiny", pretrained, {"embed_dim": 192, **kwargs})
+    args = {"embed_dim": 192, "drop_path_rate": 0.05}
+    return build_isotropic(LBVim, "lbvim_tiny", pretrained, **{**args, **kwargs})
 
 
 @register_model
 def lbvim_300(pretrained: bool = False, **kwargs) -> nn.Module:
     """LBVim of width 300."""
-    return _lbvim("lbvim_300", pretrained, {"embed_dim": 300, **kwargs})
+    args = {"embed_dim": 300, "drop_path_rate": 0.05}
+    return build_isotropic(LBVim, "lbvim_300", pretrained, **{**args, **kwargs})
 
 
 @register_model
 def lbvim_small(pretrained: bool = False, **kwargs) -> nn.Module:
     """LBVim-S."""
-    return _lbvim("lbvim_small", pretrained, {"embed_dim": 384, **kwargs})
+    args = {"embed_dim": 384, "drop_path_rate": 0.05}
+    return build_isotropic(LBVim, "lbvim_small", pretrained, **{**args, **kwargs})
 
 
 @register_model
 def lbvim_528(pretrained: bool = False, **kwargs) -> nn.Module:
     """LBVim of width 528, with attention pooling."""
-    return _lbvim("lbvim_528", pretrained, {"embed_dim": 528, "global_pool": "map", **kwargs})
+    args = {"embed_dim": 528, "global_pool": "map", "drop_path_rate": 0.05}
+    return build_isotropic(LBVim, "lbvim_528", pretrained, **{**args, **kwargs})

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from ..checkpoint import remap
 from ..layers.multi_mamba import MultiMamba, stack_official
 from ..layers.routes import BidirectionalRoutes
-from .building import build, imagenet_cfg
-from .isotropic import Isotropic, quarter_features
+from .isotropic import Isotropic, build_isotropic, isotropic_cfg
 
 
 class Vim(Isotropic):
@@ -65,10 +64,8 @@ OFFICIAL_NAMES = [
 
 def _cfg(size: str, file: str = "") -> dict:
     page = f"https://huggingface.co/hustvl/Vim-{size}-midclstok"
-    return imagenet_cfg(
+    return isotropic_cfg(
         f"{page}/resolve/main/{file}" if file else "",
-        pool_size=None,
-        first_conv="patch_embed",
         license="apache-2.0",
         paper_ids="arXiv:2401.09417",
         paper_name="Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model",
@@ -89,35 +86,36 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _vim(name: str, pretrained: bool, args: dict) -> nn.Module:
-    return build(Vim, name, pretrained, quarter_features(args.get("depth", 24)), **args)
-
-
 @register_model
 def vim_tiny(pretrained: bool = False, **kwargs) -> nn.Module:
     """Vim-Ti."""
-    return _vim("vim_tiny", pretrained, {"embed_dim": 192, **kwargs})
+    args = {"embed_dim": 192}
+    return build_isotropic(Vim, "vim_tiny", pretrained, **{**args, **kwargs})
 
 
 @register_model
 def vim_small(pretrained: bool = False, **kwargs) -> nn.Module:
     """Vim-S."""
-    return _vim("vim_small", pretrained, {"embed_dim": 384, "drop_path_rate": 0.05, **kwargs})
+    args = {"embed_dim": 384, "drop_path_rate": 0.05}
+    return build_isotropic(Vim, "vim_small", pretrained, **{**args, **kwargs})
 
 
 @register_model
 def vim_base(pretrained: bool = False, **kwargs) -> nn.Module:
     """Vim-B; the paper's code does not state its stochastic depth."""
-    return _vim("vim_base", pretrained, {"embed_dim": 768, **kwargs})
+    args = {"embed_dim": 768}
+    return build_isotropic(Vim, "vim_base", pretrained, **{**args, **kwargs})
 
 
 @register_model
 def vim_tiny_stride8(pretrained: bool = False, **kwargs) -> nn.Module:
     """Vim-Ti+: patches of 16 x 16 pixels every 8 pixels."""
-    return _vim("vim_tiny_stride8", pretrained, {"embed_dim": 192, "stride": 8, **kwargs})
+    args = {"embed_dim": 192, "stride": 8}
+    return build_isotropic(Vim, "vim_tiny_stride8", pretrained, **{**args, **kwargs})
 
 
 @register_model
 def vim_small_stride8(pretrained: bool = False, **kwargs) -> nn.Module:
     """Vim-S+: patches of 16 x 16 pixels every 8 pixels."""
-    return _vim("vim_small_stride8", pretrained, {"embed_dim": 384, "stride": 8, **kwargs})
+    args = {"embed_dim": 384, "stride": 8}
+    return build_isotropic(Vim, "vim_small_stride8", pretrained, **{**args, **kwargs})
