@@ -279,6 +279,19 @@ def test_stochastic_depth_grows_linearly_over_all_blocks(name):
 
 
 @every_isotropic
+def test_in_training_dropped_blocks_leave_the_stream_as_it_is(name):
+    model, x = create(name, drop_path_rate=1.0).train(), images(1, 3, 64, 48)
+    # The last block is always dropped.
+    torch.manual_seed(0)
+    final, stream = model.forward_intermediates(x, output_fmt="NLC")
+    assert torch.equal(stream[4], stream[3])
+    torch.manual_seed(0)
+    assert torch.equal(model.forward_features(x), final)
+    added = model.forward_intermediates(x, [4], residual=False, intermediates_only=True)
+    assert added[0].abs().max() > 0
+
+
+@every_isotropic
 @pytest.mark.parametrize("coarse", [False, True])
 def test_layer_groups_are_stem_blocks_norm_and_head(name, coarse):
     model = create(name)
