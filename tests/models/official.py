@@ -8,6 +8,7 @@ from pathlib import Path
 import parity
 import timm
 import torch
+from families import ISOTROPIC
 
 from vssm.models.isotropic import Isotropic, class_in_the_middle, quarter_ends
 
@@ -37,9 +38,12 @@ def assert_names_convert(model: torch.nn.Module, file: str) -> None:
     assert model.convert_official(own).keys() == own.keys()
 
 
-def model_of(golden: dict) -> torch.nn.Module:
-    """The registered model that is the official one of a golden file of the same name, with its weights' sizes."""
-    return timm.create_model(golden["name"], **golden["source"]["kwargs"])
+def model_of(golden: dict, name: str | None = None, **kwargs: object) -> torch.nn.Module:
+    """The registered model of a golden file, of that name unless given another, made for images of the input's size."""
+    name = name or golden["name"]
+    if name in ISOTROPIC:
+        kwargs["img_size"] = tuple(golden["input"][2:])
+    return timm.create_model(name, **kwargs)
 
 
 def stages_and_logits(model: torch.nn.Module, golden: dict) -> dict[str, torch.Tensor]:

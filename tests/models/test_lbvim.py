@@ -25,9 +25,7 @@ PARAMETERS = {"lbvim_tiny": 6419560, "lbvim_300": 14897200, "lbvim_528": 4482344
 
 def official_model(file: str, **kwargs) -> tuple[torch.nn.Module, dict]:
     golden = load_golden(file)
-    name = "_".join(file.split("_")[:2])
-    source = {"kwargs": {**golden["source"]["kwargs"], **kwargs}}
-    model = model_of({"name": name, "source": source}).eval()
+    model = model_of(golden, "_".join(file.split("_")[:2]), **kwargs).eval()
     load_official(model, official_state(golden))
     return model, golden
 

@@ -29,7 +29,7 @@ DROP_PATH = {"vim_small": 0.05}
 @pytest.mark.parametrize("file", FILES)
 def test_logits_and_every_stream_equal_the_official_ones(file):
     golden = load_golden(file)
-    model = model_of({**golden, "name": FILES[file] or file}).eval()
+    model = model_of(golden, FILES[file]).eval()
     load_official(model, official_state(golden))
     assert sum(p.numel() for p in model.parameters()) == golden["params"]
     assert_parity(stages_and_logits(model, golden), golden, TOLERANCE)
