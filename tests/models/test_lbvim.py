@@ -8,7 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from families import create, images
-from official import assert_parity, load_golden, meta_state, model_of, official_state, stages_and_logits
+from official import assert_names_convert, assert_parity, load_golden, model_of, official_state, stages_and_logits
 
 import vssm.models  # noqa: F401
 from vssm.checkpoint import load_official
@@ -70,9 +70,7 @@ def test_the_small_variant_is_vim_small_without_the_second_direction_and_the_cla
 def test_own_names_pass_the_conversion_unchanged():
     with torch.device("meta"):
         model = timm.create_model("lbvim_528", img_size=(144, 240))
-    own = model.convert_official(meta_state("lbvim_528"))
-    assert own.keys() == model.state_dict().keys()
-    assert model.convert_official(own).keys() == own.keys()
+    assert_names_convert(model, "lbvim_528")
 
 
 def test_the_norms_can_be_layer_norms_as_in_the_code_for_segmentation():
