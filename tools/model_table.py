@@ -100,7 +100,9 @@ def table() -> str:
             parameters, gflops, top1, licence, link = _published_cells(weights)
             counted = f"{row.parameters:,}", parameters, f"{row.gflops:.2f}", gflops
             lines.append([f"`{name}`", *counted, size, link, top1, licence, parity_cell])
-    return HEADER + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    notes = dict.fromkeys(facts.gflops_note for facts in zoo.published().values() if facts.gflops_note)
+    rows = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return HEADER + rows + "\n\n" + "".join(f"- {note}\n" for note in notes)
 
 
 def _published_cells(weights: zoo.Weights | None) -> tuple[str, ...]:

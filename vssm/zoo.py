@@ -40,6 +40,7 @@ class Weights:
         top1: published ImageNet-1k accuracy in percent, or None.
         parameters: published count as printed, "30M", or "".
         gflops: published figure, or None.
+        gflops_note: why it differs from what `vssm.complexity` counts, or "".
     """
 
     name: str
@@ -55,6 +56,7 @@ class Weights:
     top1: float | None = None
     parameters: str = ""
     gflops: float | None = None
+    gflops_note: str = ""
 
 
 @dataclass(frozen=True)
