@@ -2,8 +2,9 @@
 
 from .efficientvmamba import EfficientVMamba
 from .groupmamba import GroupMamba
+from .hrvmamba import HRVMamba
 from .msvmamba import MSVMamba, MSVMambaV3
 from .vmamba import VMamba
 from .vssd import VSSD
 
-__all__ = ["VSSD", "EfficientVMamba", "GroupMamba", "MSVMamba", "MSVMambaV3", "VMamba"]
+__all__ = ["VSSD", "EfficientVMamba", "GroupMamba", "HRVMamba", "MSVMamba", "MSVMambaV3", "VMamba"]
