@@ -4,7 +4,8 @@ from .efficientvmamba import EfficientVMamba
 from .groupmamba import GroupMamba
 from .hrvmamba import HRVMamba
 from .msvmamba import MSVMamba, MSVMambaV3
+from .vcmamba import VCMamba
 from .vmamba import VMamba
 from .vssd import VSSD
 
-__all__ = ["VSSD", "EfficientVMamba", "GroupMamba", "HRVMamba", "MSVMamba", "MSVMambaV3", "VMamba"]
+__all__ = ["VSSD", "EfficientVMamba", "GroupMamba", "HRVMamba", "MSVMamba", "MSVMambaV3", "VCMamba", "VMamba"]
