@@ -18,6 +18,8 @@ def test_the_published_names_are_registered():
     sizes += [f"msvmamba_{size}" for size in ("nano", "micro", "tiny")]
     sizes += [f"msvmambav3_{size}" for size in ("tiny", "small", "base")]
     sizes += [f"{family}_{size}" for family in ("groupmamba", "vssd") for size in ("tiny", "small", "base")]
+    sizes += [f"hrvmamba_{size}" for size in ("nano", "tiny", "small", "base")]
+    sizes += [f"vcmamba_{size}" for size in ("small", "medium", "base")]
     assert {*sizes, "vssd_micro"} <= set(NAMES)
 
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 from torchvision.ops import deform_conv2d
 
+from .conv import DepthwiseConv
+
 _KERNEL = 3
 _TAPS = _KERNEL**2
 
@@ -34,7 +36,7 @@ class DeformableAggregation(nn.Module):
         if dim % groups:
             raise ValueError(f"channels must be divisible by the groups, got {dim} channels and {groups} groups")
         self.groups = groups
-        self.offset_mask_dw = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if smooth else None
+        self.offset_mask_dw = DepthwiseConv(dim) if smooth else nn.Identity()
         # Official weights are padded to a multiple of 8 outputs; nothing reads the last ones.
         outputs = groups * _TAPS * 3
         self.offset_mask = nn.Linear(dim, -(-outputs // 8) * 8)
@@ -52,10 +54,7 @@ class DeformableAggregation(nn.Module):
 
     def _sampling(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Offsets (B*G, 2T, H, W) and weights (B*G, T, H, W) as torchvision orders them."""
-        if self.offset_mask_dw is None:
-            sampling = self.offset_mask(x)
-        else:
-            sampling = self.offset_mask(self.offset_mask_dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        sampling = self.offset_mask(self.offset_mask_dw(x))
         sampling = sampling[..., : self.groups * _TAPS * 3].permute(0, 3, 1, 2)
         sampling = sampling.reshape(-1, _TAPS * 3, *x.shape[1:3])
         # Official weights count taps column by column, and offsets as (x, y); torchvision row by row and (y, x).

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, register_notrace_module
 from torch import Tensor, nn
 
+from .conv import DepthwiseConv
 from .deform import DeformableAggregation
 from .pyramid import EPS
 from .route_scan import RouteScan
@@ -69,24 +70,21 @@ class ESInB(nn.Module):
         if dim % len(sizes):
             raise ValueError(f"channels must be divisible by {len(sizes)}, the number of kernel sizes, got {dim}")
         part = dim // len(sizes)
-        self.convs = nn.ModuleList([nn.Conv2d(part, part, size, padding=size // 2, groups=part) for size in sizes])
+        self.convs = nn.ModuleList([DepthwiseConv(part, size) for size in sizes])
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, C) -> map of the same shape."""
-        parts = x.permute(0, 3, 1, 2).chunk(len(self.convs), dim=1)
-        parts = [conv(part).permute(0, 2, 3, 1) for conv, part in zip(self.convs, parts, strict=True)]
+        parts = x.chunk(len(self.convs), dim=3)
+        parts = [conv(parts[i]) for i, conv in enumerate(self.convs)]
         # Neighbouring channels come from different kernels.
         return F.gelu(torch.stack(parts, dim=-1).flatten(3))
 
 
-class PositionalConv(nn.Conv2d):
+class PositionalConv(DepthwiseConv):
     """Depthwise 3 x 3 convolution that is added to its input: map (B, H, W, C) -> map of the same shape."""
 
-    def __init__(self, dim: int):
-        super().__init__(dim, dim, 3, padding=1, groups=dim)
-
     def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x + super().forward(x)
 
 
 class DVSSBlock(nn.Module):

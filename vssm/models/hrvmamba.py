@@ -28,13 +28,12 @@ from ..layers.high_resolution import (
     HighResolutionStage,
     HighResolutionUnit,
     SingleStage,
-    conv_norm,
 )
-from ..layers.initialise import init_linear
-from ..layers.pyramid import channels_last
+from ..layers.initialise import init_conv_by_fan_out, init_linear
+from ..layers.pyramid import BatchNormStem
 from ..layers.routes import CrossRoutes
 from .building import build, imagenet_cfg
-from .pyramid import Pyramid, Stage, checked_image, pyramid_info
+from .pyramid import Pyramid, Stage, pyramid_info
 
 
 class HRVMamba(Pyramid):
@@ -88,9 +87,7 @@ class HRVMamba(Pyramid):
             )
         self.in_chans = in_chans
         self.drop_rate = drop_rate
-        self.stem = nn.Sequential(
-            conv_norm(in_chans, stem_dim, 3, stride=2), conv_norm(stem_dim, stem_dim, 3, stride=2)
-        )
+        self.stem = BatchNormStem(in_chans, stem_dim, stem_dim, bias=False)
         routes = CrossRoutes()
 
         def branch(dim: int, rates: Sequence[float]) -> Stage:
@@ -113,8 +110,8 @@ class HRVMamba(Pyramid):
         self.neck = HighResolutionNeck(dims, neck_dims, num_features)
         self.reset_classifier(num_classes, global_pool)
         self.apply(init_linear)
-        for layer in (*self.neck.downsample, self.neck.final):
-            nn.init.kaiming_normal_(layer.conv.weight, mode="fan_out", nonlinearity="relu")
+        for layers in (self.neck.downsample, self.neck.final):
+            layers.apply(init_conv_by_fan_out)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images -> map (B, num_features, H/32, W/32), sizes rounded up."""
@@ -185,7 +182,7 @@ class HRVMamba(Pyramid):
 
     def _branches(self, x: Tensor) -> list[Tensor]:
         """Images -> maps of all resolutions."""
-        maps = [self.stem(channels_last(checked_image(x, self.in_chans)))]
+        maps = [self._embed(x)]
         for stage in self.stages:
             maps = stage(maps)
         return maps

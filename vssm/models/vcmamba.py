@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ..checkpoint import remap
 from ..layers.drop_path import drop_path_rates
 from ..layers.initialise import init_linear
-from ..layers.pyramid import EPS
+from ..layers.pyramid import EPS, BatchNormStem
 from ..layers.snake_mamba import SnakeMamba
 from .building import build, imagenet_cfg
 from .distilled import DISTILLED_CLASSIFIERS, DistilledHeads
@@ -141,10 +141,7 @@ class VCMamba(DistilledHeads, Pyramid):
             raise ValueError(f"mambas must be from 1 to {depths[-1]}, the depth of the last stage, got {mambas}")
         self.in_chans = in_chans
         self.drop_rate = drop_rate
-        half = dims[0] // 2
-        self.stem = nn.Sequential(
-            ConvNormAct(in_chans, half, 3, stride=2, bias=True), ConvNormAct(half, dims[0], 3, stride=2, bias=True)
-        )
+        self.stem = BatchNormStem(in_chans, dims[0] // 2, dims[0], bias=True)
         rates = drop_path_rates(drop_path_rate, depths)
         stages = []
         for i, dim in enumerate(dims):
