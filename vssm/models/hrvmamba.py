@@ -158,17 +158,16 @@ class HRVMamba(Pyramid):
         return taken
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """timm's layer groups, for layer-wise learning rates: stem, blocks across all branches (or stages), head."""
+        """timm's layer groups, for layer-wise learning rates: stem, blocks of all branches (or stages), neck, head."""
+        # 99999 is timm's sign for the group of the layers before.
         blocks = [
             (r"^stages\.(\d+)\.transition", (0,)),
             (r"^stages\.(\d+)\.blocks\.(\d+)", None),
             (r"^stages\.(\d+)\.units\.(\d+)\.branches\.\d+\.blocks\.(\d+)", None),
             (r"^stages\.(\d+)\.units\.(\d+)\.fusion", (99999,)),
         ]
-        return {
-            "stem": r"^stem",
-            "blocks": [*([(r"^stages\.(\d+)", None)] if coarse else blocks), (r"^neck", (99999,))],
-        }
+        stages = [(r"^stages\.(\d+)", None)] if coarse else blocks
+        return {"stem": r"^stem", "blocks": [*stages, (r"^neck", (9999,))]}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute every block of every branch in the backward pass instead of keeping its activations."""
