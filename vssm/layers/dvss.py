@@ -87,6 +87,8 @@ class PositionalConv(DepthwiseConv):
         return x + super().forward(x)
 
 
+# One node of a graph traced by torch.fx: nets have so many blocks that tracing their insides would take minutes.
+@register_notrace_module
 class DVSSBlock(nn.Module):
     """Dynamic visual state space block: residual ESInB, DSS2D and MLP, pre-normalised. Map (B, H, W, C) -> same shape.
 
