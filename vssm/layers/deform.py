@@ -10,6 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 from torchvision.ops import deform_conv2d
 
 from .conv import DepthwiseConv
+from .precision import without_autocast
 
 _KERNEL = 3
 _TAPS = _KERNEL**2
@@ -48,7 +49,7 @@ class DeformableAggregation(nn.Module):
         # Groups go where the batch is: torchvision then multiplies by C / G kernels of one channel instead of C.
         grouped = x.permute(0, 3, 1, 2).reshape(batch * self.groups, -1, height, width).to(precise)
         taps = grouped.new_ones(grouped.shape[1], 1, _KERNEL, _KERNEL)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             y = deform_conv2d(grouped, offset.to(precise), taps, padding=_KERNEL // 2, mask=mask.to(precise))
         return y.to(x.dtype).reshape(batch, channels, height, width).permute(0, 2, 3, 1)
 
