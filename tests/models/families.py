@@ -68,7 +68,7 @@ _HRVMAMBA = Family(
     small={
         "dims": _FOUR,
         "units": (1, 1, 1),
-        "depth": 1,
+        "depths": (1, 1, 1),
         "stem_dim": 8,
         "bottleneck_dim": 16,
         "neck_dims": _FOUR,
@@ -76,7 +76,7 @@ _HRVMAMBA = Family(
     },
     dims=_FOUR,
     rates=(0.0, 0.2, 0.4),
-    compiled={"dims": (8, 16), "units": (1,), "neck_dims": (8, 16)},
+    compiled={"dims": (8, 16), "units": (1,), "depths": (1,), "neck_dims": (8, 16)},
     exempt=("A_logs", "Ds", "dt_projs_bias"),
     features=40,
     parallel=True,

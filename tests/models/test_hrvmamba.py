@@ -110,13 +110,13 @@ def test_own_names_pass_the_conversion_unchanged(name):
 
 
 def test_stochastic_depth_grows_over_the_blocks_of_a_branch_and_is_the_same_in_all_branches():
-    model = create("hrvmamba_small", depth=2, units=(1, 2, 1), drop_path_rate=0.7)
+    model = create("hrvmamba_small", depths=(2, 1, 3), units=(1, 2, 1), drop_path_rate=0.6)
     rates = [
         [[getattr(block.drop_path, "drop_prob", 0.0) for block in branch.blocks] for branch in unit.branches]
         for stage in model.stages[1:]
         for unit in stage.units
     ]
-    wanted = [[0.0, 0.1], [0.2, 0.3], [0.4, 0.5], [0.6, 0.7]]
+    wanted = [[0.0, 0.1], [0.2], [0.3], [0.4, 0.5, 0.6]]
     assert [len(unit) for unit in rates] == [2, 3, 3, 4]
     for unit, want in zip(rates, wanted, strict=True):
         for branch in unit:
@@ -161,7 +161,8 @@ def test_linear_layers_start_as_a_truncated_normal_and_the_necks_convolutions_by
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"units": (1, 1)}, r"got \(16, 24, 32, 48\), \(16, 24, 32, 48\) and \(1, 1\)"),
+        ({"units": (1, 1)}, r"got \(16, 24, 32, 48\), \(16, 24, 32, 48\), \(1, 1\) and \(1, 1, 1\)"),
+        ({"depths": (1,)}, r"units and depths one less, got .* \(1, 1, 1\) and \(1,\)"),
         ({"neck_dims": (8, 8)}, r"neck_dims need one entry per branch"),
         ({"dims": (16, 24, 32, 50)}, "divisible by 4, the number of kernel sizes, got 50"),
     ],
@@ -209,7 +210,7 @@ def test_pruning_without_the_head_keeps_everything(name):
 
 @pytest.mark.parametrize("name", BRANCHES)
 def test_layer_decay_gives_earlier_blocks_smaller_rates_and_branches_the_same(name):
-    model = create(name, depth=2)
+    model = create(name, depths=(2, 2, 2))
     groups = param_groups_layer_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay(), layer_decay=0.5)
     scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
     assert len(scale) == len(list(model.parameters()))

@@ -49,7 +49,7 @@ class HRVMamba(Pyramid):
         global_pool: timm's pooling name; "" leaves it out.
         dims: channels of the branches, from the highest resolution to the lowest; divisible by 4.
         units: units, each ending in an exchange, of the stages with 2, 3, ... branches.
-        depth: blocks per branch and unit.
+        depths: blocks per branch in every unit of these stages.
         stem_dim: channels of the stem.
         bottleneck_dim: channels after the first stage, which is ResNet's with one resolution.
         neck_dims: channels of the branches on their way to the classifier.
@@ -68,7 +68,7 @@ class HRVMamba(Pyramid):
         global_pool: str = "avg",
         dims: Sequence[int] = (32, 64, 128, 256),
         units: Sequence[int] = (1, 4, 2),
-        depth: int = 2,
+        depths: Sequence[int] = (2, 2, 2),
         stem_dim: int = 64,
         bottleneck_dim: int = 256,
         neck_dims: Sequence[int] = (128, 256, 512, 1024),
@@ -80,10 +80,10 @@ class HRVMamba(Pyramid):
         drop_path_rate: float = 0.0,
     ):
         super().__init__()
-        if not len(dims) == len(neck_dims) == len(units) + 1:
+        if not len(dims) == len(neck_dims) == len(units) + 1 == len(depths) + 1:
             raise ValueError(
-                "dims and neck_dims need one entry per branch and units one less, "
-                f"got {tuple(dims)}, {tuple(neck_dims)} and {tuple(units)}"
+                "dims and neck_dims need one entry per branch, units and depths one less, "
+                f"got {tuple(dims)}, {tuple(neck_dims)}, {tuple(units)} and {tuple(depths)}"
             )
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -95,7 +95,11 @@ class HRVMamba(Pyramid):
             blocks = [DVSSBlock(dim, mixer, mlp_ratio, rate, light) for mixer, rate in zip(mixers, rates, strict=True)]
             return Stage(nn.Identity(), blocks)
 
-        rates = iter(drop_path_rates(drop_path_rate, [depth] * sum(units)))
+        rates = iter(
+            drop_path_rates(
+                drop_path_rate, [depth for depth, count in zip(depths, units, strict=True) for _ in range(count)]
+            )
+        )
         stages = [SingleStage(stem_dim, bottleneck_dim, depth=2)]
         before = [bottleneck_dim]
         for branches, count in enumerate(units, start=2):
