@@ -42,6 +42,8 @@ class HRVMamba(Pyramid):
     `feature_info`, `features_only` and `forward_intermediates` offer the four resolutions of the last stage, from 1/4
     to 1/32 of the image, which is what the authors' dense predictions and timm's HRNets use. (timm's HRNets give the
     stem at 1/2 as well and, unless told otherwise, widen the maps by the classifier's layers; neither is done here.)
+    All of them take all stages, so stopping early leaves out the classifier's neck alone, and the final map is then the
+    one of lowest resolution among the chosen. No norm follows these maps, so asking for it changes nothing.
 
     Args:
         in_chans: channels of the images.
@@ -121,29 +123,6 @@ class HRVMamba(Pyramid):
         """Images -> map (B, num_features, H/32, W/32), sizes rounded up."""
         return self.neck(self._branches(x))
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Maps of chosen resolutions, all after the last stage; arguments and results as in `Pyramid`.
-
-        No norm follows these maps, so `norm` changes nothing. With `stop_early` or without the neck, which
-        `prune_intermediate_layers` removes, the final map is the one of lowest resolution among the chosen.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
-        maps = self._branches(x)
-        taken, last = feature_take_indices(len(maps), indices)
-        intermediates = [maps[i] if output_fmt == "NCHW" else maps[i].permute(0, 2, 3, 1) for i in taken]
-        if intermediates_only:
-            return intermediates
-        return (maps[last] if stop_early else self.neck(maps)), intermediates
-
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
@@ -152,10 +131,10 @@ class HRVMamba(Pyramid):
         All stages stay, since every resolution depends on all of them; neck and classifier go with `prune_head`, and
         then so do exchanges into resolutions below the chosen. `prune_norm` changes nothing: there is no final norm.
         """
-        fusion = self.stages[-1].units[-1].fusion
-        taken, last = feature_take_indices(len(fusion), indices)
+        taken, last = feature_take_indices(self._num_levels(), indices)
         if prune_head:
-            self.stages[-1].units[-1].fusion = fusion[: last + 1]
+            unit = self.stages[-1].units[-1]
+            unit.fusion = unit.fusion[: last + 1]
             self.num_features = self.feature_info[last]["num_chs"]
             self.neck = LastMap()
             self.reset_classifier(0, "")
@@ -182,6 +161,13 @@ class HRVMamba(Pyramid):
     def convert_official(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Official names -> ours (ours stay)."""
         return linear_from_pointwise(self, remap(state_dict, OFFICIAL_NAMES))
+
+    def _num_levels(self) -> int:
+        return len(self.stages[-1].units[-1].fusion)
+
+    def _levels(self, x: Tensor, last: int, norm: bool) -> tuple[Tensor, list[Tensor]]:
+        maps = self._branches(x)
+        return (self.neck(maps) if last == len(maps) - 1 else maps[last]), maps
 
     def _branches(self, x: Tensor) -> list[Tensor]:
         """Images -> maps of all resolutions."""
