@@ -12,23 +12,12 @@ import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, register_notrace_module
 from torch import Tensor, nn
 
+from .channel_gate import ChannelGate
 from .conv import DepthwiseConv
 from .deform import DeformableAggregation
 from .pyramid import EPS
 from .route_scan import RouteScan
 from .routes import Routes
-
-
-class ChannelGate(nn.Module):
-    """Squeeze-and-excitation (arXiv 1709.01507) on maps (B, H, W, C), without biases."""
-
-    def __init__(self, dim: int, reduction: int = 8):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, dim // reduction, bias=False)
-        self.fc2 = nn.Linear(dim // reduction, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.fc2(F.relu(self.fc1(x.mean((1, 2), keepdim=True)))).sigmoid()
 
 
 # torch.fx cannot follow the checks of the scan op; the layer is one node of a traced graph.
