@@ -17,12 +17,14 @@ class Family:
 
     Args:
         small: constructor arguments that make a model of few, narrow layers.
-        dims: channels of the stages of that model; a single number for a model that keeps its resolution.
+        dims: channels of the levels of that model; a single number for a model that keeps its resolution.
         rates: stochastic depth of its blocks, in order, for drop_path_rate=0.4.
         compiled: constructor arguments of a still smaller one, for compilation.
         exempt: last parts of the names of the parameters that are exempt from weight decay though not
             one-dimensional or a bias by name.
         refine: (model, pooled features) -> what its classifier gets.
+        features: channels of `forward_features`, where they are not those of the last level.
+        parallel: the levels are branches that end together, rather than stages that follow each other.
     """
 
     small: dict
@@ -31,6 +33,8 @@ class Family:
     compiled: dict
     exempt: tuple[str, ...] = field(default=())
     refine: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor] = lambda model, pooled: pooled
+    features: int | None = None
+    parallel: bool = False
 
 
 _FOUR = (16, 24, 32, 48)
@@ -75,6 +79,32 @@ _VSSD = Family(
     compiled={"depths": (1, 1), "dims": (8, 16), "num_heads": (2, 2)},
 )
 
+_HRVMAMBA = Family(
+    small={
+        "dims": _FOUR,
+        "units": (1, 1, 1),
+        "depths": (1, 1, 1),
+        "stem_dim": 8,
+        "bottleneck_dim": 16,
+        "neck_dims": _FOUR,
+        "num_features": 40,
+    },
+    dims=_FOUR,
+    rates=(0.0, 0.2, 0.4),
+    compiled={"dims": (8, 16), "units": (1,), "depths": (1,), "neck_dims": (8, 16)},
+    exempt=("A_logs", "Ds", "dt_projs_bias"),
+    features=40,
+    parallel=True,
+)
+
+_VCMAMBA = Family(
+    small={"depths": (1, 1, 1, 2), "dims": _FOUR, "mambas": 1},
+    dims=_FOUR,
+    rates=(0.0, 0.1, 0.2, 0.3, 0.4),
+    compiled={"depths": (1, 2), "dims": (8, 16)},
+    exempt=("A_log",),
+)
+
 # By the part of the registered name before the size.
 FAMILIES = {
     "efficientvmamba": _EFFICIENTVMAMBA,
@@ -83,6 +113,8 @@ FAMILIES = {
     "msvmambav3": _VMAMBA,
     "lbvim": _LBVIM,
     "vim": _VIM,
+    "hrvmamba": _HRVMAMBA,
+    "vcmamba": _VCMAMBA,
     "vmamba": _VMAMBA,
     "vmambav0": _VMAMBA,
     "vssd": _VSSD,
@@ -100,6 +132,9 @@ COMPILED = (
     "vim_tiny",
     "lbvim_tiny",
     "lbvim_528",
+    "vcmamba_small",
+    "hrvmamba_nano",
+    "hrvmamba_base",
 )
 
 NAMES = [name for name in timm.list_models() if timm.models.model_entrypoint(name).__module__.startswith("vssm.")]
@@ -112,6 +147,12 @@ def family(name: str) -> Family:
 
 PYRAMIDS = [name for name in NAMES if len(family(name).dims) > 1]
 ISOTROPIC = [name for name in NAMES if len(family(name).dims) == 1]
+SEQUENCES = [name for name in PYRAMIDS if not family(name).parallel]
+
+
+def num_features(name: str) -> int:
+    """Channels of the final map of the small model of that name."""
+    return family(name).features or family(name).dims[-1]
 
 
 def create(name: str, seed: int = 0, **kwargs: object) -> torch.nn.Module:

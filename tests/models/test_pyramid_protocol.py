@@ -5,16 +5,20 @@ import math
 import pytest
 import timm
 import torch
-from families import PYRAMIDS, classifiers, create, family, images
+from families import PYRAMIDS, SEQUENCES, classifiers, create, family, images, num_features
 from timm.optim import param_groups_layer_decay
 
 every_pyramid = pytest.mark.parametrize("name", PYRAMIDS)
+every_sequence = pytest.mark.parametrize("name", SEQUENCES)
+# Lists, dictionaries and hooks of timm's extractors run a model's children one after the other.
+EXTRACTORS = [(name, kind) for name in SEQUENCES for kind in ("list", "dict", "hook")]
+EXTRACTORS += [(name, kind) for name in PYRAMIDS for kind in ("getter", "fx")]
 
 
 @every_pyramid
 @pytest.mark.parametrize(("pool", "times"), [("avg", 1), ("max", 1), ("avgmax", 1), ("catavgmax", 2)])
 def test_any_pooling(name, pool, times):
-    channels = family(name).dims[-1]
+    channels = num_features(name)
     width = times * channels
     model = create(name, global_pool=pool, num_classes=3)
     assert model(images(1, 3, 64, 32)).shape == (1, 3)
@@ -65,8 +69,7 @@ def test_features_only_gives_the_chosen_stages_in_order(name, out_indices):
         torch.testing.assert_close(got, everything[i])
 
 
-@every_pyramid
-@pytest.mark.parametrize("feature_cls", ["list", "dict", "hook", "getter", "fx"])
+@pytest.mark.parametrize(("name", "feature_cls"), EXTRACTORS)
 def test_every_feature_extractor_of_timm_gives_the_same_nchw_maps(name, feature_cls):
     x = images(1, 3, 64, 96)
     model = create(name, features_only=True, feature_cls=feature_cls)
@@ -111,15 +114,21 @@ def test_intermediates_take_every_argument_of_timm(name):
     assert torch.equal(final, model.forward_features(x)) and len(maps) == 4
     only = model.forward_intermediates(x, indices=2, intermediates_only=True)
     assert [torch.equal(a, b) for a, b in zip(only, maps[2:], strict=True)] == [True, True]
-    normed = model.forward_intermediates(x, norm=True, intermediates_only=True)
-    assert torch.equal(normed[3], final) and torch.equal(normed[2], maps[2])
     last = model.forward_intermediates(x, indices=[1], output_fmt="NHWC", intermediates_only=True)
     assert torch.equal(last[0], maps[1].permute(0, 2, 3, 1))
     with pytest.raises(ValueError, match="NCHW"):
         model.forward_intermediates(x, output_fmt="NLC")
 
 
-@every_pyramid
+@every_sequence
+def test_the_final_norm_is_applied_to_the_last_map_alone(name):
+    model, x = create(name), images(1, 3, 64, 96)
+    final, maps = model.forward_intermediates(x)
+    normed = model.forward_intermediates(x, norm=True, intermediates_only=True)
+    assert torch.equal(normed[3], final) and torch.equal(normed[2], maps[2])
+
+
+@every_sequence
 def test_stopping_early_leaves_out_the_later_stages(name):
     model, x = create(name), images(1, 3, 64, 96)
     calls = []
@@ -129,7 +138,7 @@ def test_stopping_early_leaves_out_the_later_stages(name):
     assert len(calls) == 2 and torch.equal(final, maps[1])
 
 
-@every_pyramid
+@every_sequence
 def test_pruning_keeps_the_chosen_stages_and_what_leads_there(name):
     model, x = create(name), images(1, 3, 64, 96)
     want = model.forward_intermediates(x, indices=[1], intermediates_only=True)[0]
@@ -140,14 +149,14 @@ def test_pruning_keeps_the_chosen_stages_and_what_leads_there(name):
     assert model(x).shape == (1, 3)
 
 
-@every_pyramid
+@every_sequence
 def test_stochastic_depth_grows_linearly_over_all_blocks(name):
     model = create(name, drop_path_rate=0.4)
     rates = [getattr(block.drop_path, "drop_prob", 0.0) for stage in model.stages for block in stage.blocks]
     assert rates == pytest.approx(family(name).rates)
 
 
-@every_pyramid
+@every_sequence
 def test_layer_decay_gives_earlier_blocks_smaller_rates(name):
     model = create(name)
     groups = param_groups_layer_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay(), layer_decay=0.5)
@@ -159,7 +168,7 @@ def test_layer_decay_gives_earlier_blocks_smaller_rates(name):
     assert len(scale) == len(list(model.parameters()))
 
 
-@every_pyramid
+@every_sequence
 def test_coarse_groups_are_stem_stages_and_head(name):
     model = create(name)
     groups = timm.models.group_parameters(model, model.group_matcher(coarse=True), reverse=True)

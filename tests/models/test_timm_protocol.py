@@ -20,6 +20,8 @@ def test_the_published_names_are_registered():
     sizes += [f"{family}_{size}" for family in ("groupmamba", "vssd") for size in ("tiny", "small", "base")]
     sizes += [f"vim_{size}" for size in ("tiny", "small", "base", "tiny_stride8", "small_stride8")]
     sizes += [f"lbvim_{size}" for size in ("tiny", "300", "small", "528")]
+    sizes += [f"hrvmamba_{size}" for size in ("nano", "tiny", "small", "base")]
+    sizes += [f"vcmamba_{size}" for size in ("small", "medium", "base")]
     assert {*sizes, "vssd_micro"} <= set(NAMES)
 
 

@@ -14,11 +14,24 @@ PARAMETERS = {
     "vmamba_tiny": 30249064,
     "vmamba_small": 50147752,
     "vmamba_base": 88557800,
+    "vmamba_tiny_s2l5": 30705832,
+    "vmamba_small_s1l20": 49012840,
+    "vmamba_base_s1l20": 86614504,
     "vmambav0_tiny": 22893448,
     "vmambav0_small": 44417416,
     "vmambav0_base": 76254056,
 }
-DROP_PATH = {"tiny": 0.2, "small": 0.3, "base": 0.6}
+# The published training runs; the README's base model was trained with more than its s1l20 sibling.
+DROP_PATH = {"tiny": 0.2, "tiny_s2l5": 0.2, "small": 0.3, "small_s1l20": 0.3, "base": 0.6, "base_s1l20": 0.5}
+# ssm_ratio and blocks of the third stage, by the authors' short name.
+RELEASES = {
+    "vmamba_tiny.s1l8_in1k": (1, 8),
+    "vmamba_tiny_s2l5.in1k": (2, 5),
+    "vmamba_small.s2l15_in1k": (2, 15),
+    "vmamba_small_s1l20.in1k": (1, 20),
+    "vmamba_base.s2l15_in1k": (2, 15),
+    "vmamba_base_s1l20.in1k": (1, 20),
+}
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -26,7 +39,28 @@ def test_variants_have_the_published_size_and_stochastic_depth(name):
     with torch.device("meta"):
         model = timm.create_model(name)
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
-    assert model.stages[-1].blocks[-1].drop_path.drop_prob == pytest.approx(DROP_PATH[name.split("_")[1]])
+    assert model.stages[-1].blocks[-1].drop_path.drop_prob == pytest.approx(DROP_PATH[name.split("_", 1)[1]])
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_a_name_with_its_tag_builds_the_architecture_that_the_authors_released_under_it(release):
+    with torch.device("meta"):
+        model = timm.create_model(release)
+    ratio, blocks = RELEASES[release]
+    assert len(model.stages[2].blocks) == blocks
+    assert model.stages[2].blocks[0].mixer.in_proj.out_features == ratio * model.feature_info[2]["num_chs"]
+
+
+def test_every_vmamba_release_is_listed_and_no_two_share_a_file():
+    names = timm.list_pretrained("vmamba_*")
+    assert set(names) == set(RELEASES)
+    assert len({timm.models.get_pretrained_cfg(name).url for name in names}) == len(names)
+
+
+@pytest.mark.parametrize("wrong", ["vmamba_tiny.s2l5_in1k", "vmamba_small.s1l20_in1k", "vmamba_tiny_s2l5.s1l8_in1k"])
+def test_a_tag_of_another_architecture_is_refused(wrong):
+    with pytest.raises(RuntimeError, match="Invalid pretrained tag"):
+        timm.create_model(wrong, depths=(1, 1), dims=(8, 16))
 
 
 def test_v0_has_no_mlp_and_both_versions_normalise_with_the_same_epsilon():

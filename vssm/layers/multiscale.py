@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from .channel_gate import ChannelGate
 from .pyramid import EPS, channels_last
 from .route_scan import RouteScan
 from .routes import Routes
@@ -69,18 +70,6 @@ class MergeThenNorm(nn.Module):
         """As `NormThenMerge`."""
         half = part_routes(half, half_size)
         return self.norm(full + resize(half, full.shape[1:3], "nearest"))
-
-
-class ChannelGate(nn.Module):
-    """Squeeze and excitation (arXiv 1709.01507) without biases: map (B, H, W, D) times one weight per channel."""
-
-    def __init__(self, dim: int, reduction: int = 8):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, dim // reduction, bias=False)
-        self.fc2 = nn.Linear(dim // reduction, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.fc2(F.relu(self.fc1(x.mean((1, 2), keepdim=True)))).sigmoid()
 
 
 # torch.fx cannot follow the checks of the scan op; the layer is one node of a traced graph.

@@ -5,7 +5,7 @@ Letters: B batch, C channels, H height, W width.
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm2d
+from timm.layers import ConvNormAct, LayerNorm2d
 from torch import Tensor, nn
 
 EPS = 1e-5
@@ -41,6 +41,24 @@ class PatchStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm1(self.conv1(channels_last(x)))
+
+
+class BatchNormStem(nn.Sequential):
+    """Two 3x3 convolutions of stride 2, each with batch norm and ReLU: (B, in_chans, H, W) -> (B, dim, H/4, W/4).
+
+    Args:
+        in_chans: channels of the images.
+        hidden_dim: channels between the convolutions.
+        dim: channels of the map that comes out, its sizes rounded up.
+        bias: give the convolutions a bias.
+    """
+
+    def __init__(self, in_chans: int, hidden_dim: int, dim: int, bias: bool):
+        steps = ((in_chans, hidden_dim), (hidden_dim, dim))
+        super().__init__(*[ConvNormAct(before, after, 3, stride=2, bias=bias) for before, after in steps])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(channels_last(x))
 
 
 class ConvDownsample(nn.Module):

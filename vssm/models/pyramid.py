@@ -87,19 +87,27 @@ class Pyramid(Backbone):
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
-        taken, last = feature_take_indices(len(self.stages), indices)
-        final = len(self.stages) - 1
-        maps = {}
-        x = self._embed(x)
-        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
-            x = stage(x)
-            maps[i] = x
-        if final in maps:
-            x = self.norm(x)
-            if norm:
-                maps[final] = x
+        levels = self._num_levels()
+        taken, last = feature_take_indices(levels, indices)
+        x, maps = self._levels(x, last if stop_early else levels - 1, norm)
         intermediates = [maps[i] if output_fmt == "NCHW" else maps[i].permute(0, 2, 3, 1) for i in taken]
         return intermediates if intermediates_only else (x, intermediates)
+
+    def _num_levels(self) -> int:
+        return len(self.stages)
+
+    def _levels(self, x: Tensor, last: int, norm: bool) -> tuple[Tensor, list[Tensor]]:
+        """Final map and the maps of the levels up to `last`; for the arguments see `forward_intermediates`."""
+        maps = []
+        x = self._embed(x)
+        for stage in self.stages[: last + 1]:
+            x = stage(x)
+            maps.append(x)
+        if last == len(self.stages) - 1:
+            x = self.norm(x)
+            if norm:
+                maps[-1] = x
+        return x, maps
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True

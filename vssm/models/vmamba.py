@@ -3,6 +3,11 @@
 Code of the paper: https://github.com/MzeroMiko/VMamba, MIT licence; its weights, linked below, come with the same.
 Nothing here is taken from it.
 
+The authors released several architectures of the same size, which they tell apart as sXlY: ssm_ratio X, Y blocks in the
+third stage. A registered name is one architecture, and a tag only says which weights: the plain names are the releases
+that the authors' README recommends (vmamba_tiny is s1l8, vmamba_small and vmamba_base are s2l15), every other release
+has its sXlY in its name (vmamba_tiny_s2l5). A tag of another architecture is an error from timm, never another model.
+
 Letters: B batch, C channels, H height, W width.
 """
 
@@ -140,6 +145,9 @@ default_cfgs = generate_default_cfgs(
         "vmamba_tiny.s1l8_in1k": _cfg("%23v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth"),
         "vmamba_small.s2l15_in1k": _cfg("%23v2cls/vssm_small_0229_ckpt_epoch_222.pth"),
         "vmamba_base.s2l15_in1k": _cfg("%23v2cls/vssm_base_0229_ckpt_epoch_237.pth"),
+        "vmamba_tiny_s2l5.in1k": _cfg("%23v2cls/vssm_tiny_0230_ckpt_epoch_262.pth"),
+        "vmamba_small_s1l20.in1k": _cfg("%23v2cls/vssm1_small_0229s_ckpt_epoch_240.pth"),
+        "vmamba_base_s1l20.in1k": _cfg("%23v2cls/vssm1_base_0229s_ckpt_epoch_225.pth"),
         "vmambav0_tiny.in1k": _cfg("%23v0cls/vssmtiny_dp01_ckpt_epoch_292.pth"),
         "vmambav0_small.in1k": _cfg("%23v0cls/vssmsmall_dp03_ckpt_epoch_238.pth"),
         "vmambav0_base.in1k": _cfg("%23v0cls/vssmbase_dp06_ckpt_epoch_241.pth"),
@@ -160,23 +168,44 @@ _V0 = {
 
 @register_model
 def vmamba_tiny(pretrained: bool = False, **kwargs) -> nn.Module:
-    """VMamba-T[s1l8]."""
+    """VMamba-T[s1l8]; the other released tiny model is `vmamba_tiny_s2l5`."""
     args = {"depths": (2, 2, 8, 2), "dims": _SMALL, "ssm_ratio": 1.0, "drop_path_rate": 0.2}
     return build(VMamba, "vmamba_tiny", pretrained, **{**args, **kwargs})
 
 
 @register_model
 def vmamba_small(pretrained: bool = False, **kwargs) -> nn.Module:
-    """VMamba-S[s2l15]."""
+    """VMamba-S[s2l15]; the other released small model is `vmamba_small_s1l20`."""
     args = {"depths": (2, 2, 15, 2), "dims": _SMALL, "drop_path_rate": 0.3}
     return build(VMamba, "vmamba_small", pretrained, **{**args, **kwargs})
 
 
 @register_model
 def vmamba_base(pretrained: bool = False, **kwargs) -> nn.Module:
-    """VMamba-B[s2l15]."""
+    """VMamba-B[s2l15]; the other released base model is `vmamba_base_s1l20`."""
     args = {"depths": (2, 2, 15, 2), "dims": _BASE, "drop_path_rate": 0.6}
     return build(VMamba, "vmamba_base", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def vmamba_tiny_s2l5(pretrained: bool = False, **kwargs) -> nn.Module:
+    """VMamba-T[s2l5]."""
+    args = {"depths": (2, 2, 5, 2), "dims": _SMALL, "drop_path_rate": 0.2}
+    return build(VMamba, "vmamba_tiny_s2l5", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def vmamba_small_s1l20(pretrained: bool = False, **kwargs) -> nn.Module:
+    """VMamba-S[s1l20]."""
+    args = {"depths": (2, 2, 20, 2), "dims": _SMALL, "ssm_ratio": 1.0, "drop_path_rate": 0.3}
+    return build(VMamba, "vmamba_small_s1l20", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def vmamba_base_s1l20(pretrained: bool = False, **kwargs) -> nn.Module:
+    """VMamba-B[s1l20]."""
+    args = {"depths": (2, 2, 20, 2), "dims": _BASE, "ssm_ratio": 1.0, "drop_path_rate": 0.5}
+    return build(VMamba, "vmamba_base_s1l20", pretrained, **{**args, **kwargs})
 
 
 @register_model
