@@ -170,6 +170,11 @@ class MSVMUNet(nn.Module):
         x = grey_to_rgb(x, self.in_channels)
         check_image(type(self).__name__, x, 2, self.in_channels)
         check_divisible(type(self).__name__, x.shape[2:], self.size_divisor)
+        if self.training and x[:, 0].numel() == self.size_divisor**2:
+            raise ValueError(
+                "MSVMUNet: batch norm needs more than one position at the deepest stage in training, got "
+                f"{tuple(x.shape)}; give more images or larger ones, or call eval()"
+            )
         skips = self.encoder.forward_intermediates(x, output_fmt="NHWC", intermediates_only=True)
         x = skips.pop()
         for stage in self.decoder:
