@@ -19,7 +19,7 @@ from torch import Tensor, nn
 Rule = tuple[str, str | None]
 
 # Where trainers put the weights in their files, best first (averaged weights before the last iterate, as timm does).
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "network_weights")
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "network_weights")
 # What torch's and safetensors' readers raise on bytes that are no checkpoint, found by changing bytes of good files.
 _DAMAGED = (
     UnpicklingError,
@@ -96,7 +96,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
 def unwrap(checkpoint: Mapping) -> dict[str, Tensor]:
     """The state dict inside a trainer's checkpoint, without the prefixes of DistributedDataParallel and torch.compile.
 
-    Looks under `state_dict_ema`, `model_ema`, `state_dict`, `model`, `network_weights`, else takes `checkpoint` itself.
+    Looks under `state_dict_ema`, `model_ema`, `state_dict`, `model`, `model_state_dict`, `network_weights`, else takes
+    `checkpoint` itself.
 
     Raises:
         ValueError: what is found is not a mapping of names to tensors.

@@ -52,6 +52,16 @@ def test_a_network_for_grey_images_takes_official_weights_for_rgb_with_the_same_
         load_official(published(golden, in_channels=2), meta_state("vm_unet_synapse"))
 
 
+def test_files_of_the_official_trainer_load():
+    golden = load_golden("vm_unet")
+    state = official_state(golden)
+    # Counters that the profiler thop adds to every module and removes from some.
+    counters = {key: torch.zeros(1, dtype=torch.float64) for key in ("total_ops", "vmunet.layers.0.total_params")}
+    network = published(golden)
+    load_official(network, {"epoch": 3, "model_state_dict": counters | state, "optimizer_state_dict": {"state": {}}})
+    assert torch.equal(network.classifier.weight, state["vmunet.final_conv.weight"])
+
+
 def pretrained_state():
     golden = load_golden("vm_unet_pretrained")
     return golden, official_state({"state": golden["pretrained"]})

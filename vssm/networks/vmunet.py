@@ -152,6 +152,8 @@ class VSSUNet(nn.Module):
         For `in_channels=1` the official stem of three channels is summed: the official network repeats such images.
         """
         rules = [
+            # Left behind by the profiler that the authors' trainer runs before it saves.
+            (r"(^|\.)total_(ops|params)$", None),
             (r"^vmunet\.", ""),
             *self.mixer_names,
             *vmamba.OFFICIAL_NAMES,
