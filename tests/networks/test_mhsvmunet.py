@@ -102,6 +102,16 @@ def test_the_gradient_is_finite_where_routes_agree():
     assert torch.isfinite(y.grad).all()
 
 
+def test_attention_and_its_gradient_equal_those_of_the_definition():
+    y = torch.randn(2, 5, 4, 3, dtype=torch.float64, requires_grad=True)
+    excess = y - y.amin(2, keepdim=True)
+    want = y.sum(2) * (y.std(2) / (excess.mean(2) + 1e-5) - 0.7).relu()
+    got = scan_route_attention(y, 0.7)
+    torch.testing.assert_close(got, want)
+    weights = torch.randn_like(got)
+    torch.testing.assert_close(*(torch.autograd.grad((out * weights).sum(), y)[0] for out in (got, want)))
+
+
 @pytest.mark.parametrize("threshold, expected", [(-1.0, True), (2.0, False)])
 def test_the_threshold_reaches_every_head(threshold, expected):
     # With four routes the variation is at most 2.
