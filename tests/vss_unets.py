@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import parity
 import torch
-from official import recording
+from recording import recording
 
 from vssm.networks.vmunet import VSSUNet
 

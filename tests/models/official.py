@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import parity
@@ -108,16 +107,3 @@ def assert_parity(got: dict[str, torch.Tensor], golden: dict, tolerance: float |
     errors = {tap: parity.relative_error(got[tap].numpy(), want) for tap, want in golden["outputs"].items()}
     allowed = {tap: tolerance[tap] if isinstance(tolerance, dict) else tolerance for tap in errors}
     assert all(errors[tap] <= allowed[tap] for tap in errors), errors
-
-
-@contextmanager
-def recording(parts: dict[str, torch.nn.Module]) -> Iterator[dict[str, torch.Tensor]]:
-    """The dictionary into which every module of `parts` writes its output, under its name, within the context."""
-    outputs = {}
-    hooks = [
-        part.register_forward_hook(lambda _module, _inputs, out, tap=tap: outputs.update({tap: out.detach().clone()}))
-        for tap, part in parts.items()
-    ]
-    yield outputs
-    for hook in hooks:
-        hook.remove()

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from official import assert_parity, load_golden, meta_state, official_state, recording
+from official import assert_parity, load_golden, meta_state, official_state
+from recording import recording
 from vss_unets import golden_outputs
 
 from vssm.checkpoint import load_official

@@ -4,7 +4,8 @@ import parity
 import pytest
 import timm
 import torch
-from official import assert_parity, load_golden, official_state, recording
+from official import assert_parity, load_golden, official_state
+from recording import recording
 
 from vssm.checkpoint import load_official
 from vssm.models import VMamba
