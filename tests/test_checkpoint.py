@@ -147,7 +147,9 @@ def test_a_missing_file_is_a_file_not_found_error(tmp_path):
         read_checkpoint(tmp_path / "none.pth")
 
 
-@pytest.mark.parametrize("wrapper", ["model", "model_ema", "state_dict", "state_dict_ema", "network_weights"])
+@pytest.mark.parametrize(
+    "wrapper", ["model", "model_ema", "state_dict", "state_dict_ema", "model_state_dict", "network_weights"]
+)
 def test_trainers_wrappers_and_prefixes_are_taken_off(wrapper):
     assert same(
         unwrap({wrapper: {f"module.module.{key}": value for key, value in WEIGHTS.items()}, "epoch": 1}), WEIGHTS

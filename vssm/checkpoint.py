@@ -19,7 +19,7 @@ from torch import Tensor, nn
 Rule = tuple[str, str | None]
 
 # Where trainers put the weights in their files, best first (averaged weights before the last iterate, as timm does).
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "network_weights")
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "network_weights")
 # What torch's and safetensors' readers raise on bytes that are no checkpoint, found by changing bytes of good files.
 _DAMAGED = (
     UnpicklingError,
@@ -96,7 +96,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
 def unwrap(checkpoint: Mapping) -> dict[str, Tensor]:
     """The state dict inside a trainer's checkpoint, without the prefixes of DistributedDataParallel and torch.compile.
 
-    Looks under `state_dict_ema`, `model_ema`, `state_dict`, `model`, `network_weights`, else takes `checkpoint` itself.
+    Looks under `state_dict_ema`, `model_ema`, `state_dict`, `model`, `model_state_dict`, `network_weights`, else takes
+    `checkpoint` itself.
 
     Raises:
         ValueError: what is found is not a mapping of names to tensors.
@@ -163,12 +164,19 @@ def load_official(module: nn.Module, path_or_state_dict: str | os.PathLike | Map
         raise ValueError(
             f"module must be a vssm model or network, got {type(module).__name__}, which has no convert_official"
         )
+    load_strictly(module, module.convert_official(state_dict_of(path_or_state_dict)))
+
+
+def state_dict_of(path_or_state_dict: str | os.PathLike | Mapping) -> dict[str, Tensor]:
+    """The state dict of a checkpoint file (see `read_checkpoint`) or of its content (see `unwrap`)."""
     if isinstance(path_or_state_dict, (str, os.PathLike)):
-        state_dict = read_checkpoint(path_or_state_dict)
-    else:
-        state_dict = unwrap(path_or_state_dict)
-    state_dict = module.convert_official(state_dict)
-    check_match(module, state_dict)
+        return read_checkpoint(path_or_state_dict)
+    return unwrap(path_or_state_dict)
+
+
+def load_strictly(module: nn.Module, state_dict: Mapping[str, Tensor], adaptable: tuple[str, ...] = ()) -> None:
+    """Load a state dict in the names of `module`; ValueError as in `check_match`, before anything is changed."""
+    check_match(module, state_dict, adaptable)
     module.load_state_dict(state_dict, strict=False)
 
 

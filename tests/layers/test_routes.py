@@ -215,7 +215,11 @@ def test_scattering_and_gathering_compile_and_export_without_the_curve_in_the_gr
 
     x = torch.randn(1, 2, 5, 6)
     want = RoundTrip()(x)
-    assert torch.equal(torch.compile(RoundTrip(), fullgraph=True, backend="aot_eager")(x), want)
+    compiled = torch.compile(RoundTrip(), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), want)
+    # Another size is another graph.
+    for larger in (torch.randn(1, 2, 7, 7), torch.randn(1, 2, 9, 8)):
+        assert torch.equal(compiled(larger), RoundTrip()(larger))
     program = torch.export.export(RoundTrip(), (x,))
     assert torch.equal(program.module()(x), want)
     assert len(list(program.graph.nodes)) < 50

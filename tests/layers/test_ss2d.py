@@ -67,6 +67,29 @@ def test_ss2d_projects_convolves_scans_normalises_and_gates(gate):
     torch.testing.assert_close(layer(x)[0], want @ layer.out_proj.weight.T)
 
 
+def test_ss2d_scans_a_volume_along_its_three_axes_there_and_back():
+    layer = randomised(SS2D(4, CrossRoutes(3), d_state=2, spatial_dims=3, gate=True, conv_bias=True))
+    x = torch.randn(1, 2, 3, 4, 4, dtype=torch.float64)
+    inner, z = layer.in_proj(x).chunk(2, dim=-1)
+    m = F.silu(layer.conv(inner.permute(0, 4, 1, 2, 3)))[0]
+    total = torch.zeros_like(m)
+    for k in range(6):
+        # Cyclic orders of the axes, the last one the fastest; then all of them backwards.
+        axes = [1 + (axis + k) % 3 for axis in range(3)]
+        walk = m.permute(0, *axes)
+        sequence = walk.flatten(1).flip(1) if k >= 3 else walk.flatten(1)
+        y = scan_of_one_sequence(layer.scan, k, sequence)
+        y = (y.flip(1) if k >= 3 else y).view(walk.shape)
+        total += y.permute(0, *(1 + axes.index(axis) for axis in (1, 2, 3)))
+    want = F.layer_norm(total.permute(1, 2, 3, 0), (8,), layer.norm.weight, layer.norm.bias, eps=1e-5) * F.silu(z[0])
+    torch.testing.assert_close(layer(x)[0], want @ layer.out_proj.weight.T)
+
+
+def test_ss2d_refuses_other_dimensions():
+    with pytest.raises(ValueError, match="spatial_dims must be 2 or 3, got 1"):
+        SS2D(4, CrossRoutes(), spatial_dims=1)
+
+
 def test_the_step_rank_follows_the_model_width_and_not_the_inner_width():
     assert SS2D(33, CrossRoutes(), expand=2.0).scan.dt_rank == 3
     assert SS2D(33, CrossRoutes(), dt_rank=5).scan.dt_rank == 5

@@ -1,4 +1,4 @@
-"""U-Mamba: official outputs, shapes in 2-D and 3-D, refused arguments and inputs, training, precision, compilation."""
+"""U-Mamba: official outputs, shapes in 2-D and 3-D, refused arguments and inputs, precision, compilation."""
 
 import copy
 import re
@@ -7,8 +7,6 @@ from pathlib import Path
 import parity
 import pytest
 import torch
-from monai.data import MetaTensor
-from torch.nn.functional import cross_entropy
 
 from vssm.checkpoint import load_official
 from vssm.networks import UMambaBot, UMambaEnc
@@ -241,40 +239,6 @@ def test_every_parameter_gets_a_gradient():
             assert [name for name, p in network.named_parameters() if p.grad is None] == []
 
 
-def test_training_lowers_the_loss():
-    for network, x in every_small_network():
-        target = (x[:, 0] > 0).long()
-        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
-        losses = []
-        for _ in range(12):
-            loss = cross_entropy(network(x), target)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        assert losses[-1] < 0.7 * losses[0]
-
-
-def test_an_image_gives_the_same_logits_alone_and_in_a_batch():
-    for network, x in every_small_network():
-        # In float32 the convolutions round differently for another batch size; float64 shows that nothing else differs.
-        network, x = network.double().eval(), x.double()
-        with torch.no_grad():
-            assert torch.allclose(network(x)[1:], network(x[1:]), rtol=1e-10, atol=1e-10)
-
-
-def test_a_monai_meta_tensor_gives_the_same_logits_and_gradients():
-    for network, image in every_small_network():
-        logits = network(image)
-        logits.square().mean().backward()
-        want = [parameter.grad.clone() for parameter in network.parameters()]
-        network.zero_grad()
-        got = network(MetaTensor(image))
-        assert isinstance(got, MetaTensor) and torch.equal(got.as_tensor(), logits)
-        got.square().mean().backward()
-        assert all(torch.equal(p.grad, grad) for p, grad in zip(network.parameters(), want, strict=True))
-
-
 def test_bfloat16_autocast_stays_finite_and_close():
     for network, x in every_small_network():
         network.eval()
@@ -311,16 +275,6 @@ def test_exports_with_the_same_logits():
         exported = torch.export.export(network, (x,)).module()
         with torch.no_grad():
             assert torch.allclose(exported(x), network(x), atol=1e-5)
-
-
-def test_state_dicts_and_copies_give_the_same_logits():
-    for network, x in every_small_network():
-        network.eval()
-        other = small(type(network), x.ndim - 2).eval()
-        other.load_state_dict(network.state_dict())
-        with torch.no_grad():
-            assert torch.equal(other(x), network(x))
-            assert torch.equal(copy.deepcopy(network)(x), network(x))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""Stems and downsampling of hierarchical backbones, all on maps (B, C, H, W).
+"""Stems and downsampling of hierarchical backbones, all on maps (B, C, H, W), some on volumes too.
 
-Letters: B batch, C channels, H height, W width.
+Letters: B batch, C channels, H height, W width. A volume has a depth before H.
 """
 
 import torch
@@ -31,16 +31,30 @@ class ConvStem(nn.Module):
         return self.norm2(self.conv2(x))
 
 
-class PatchStem(nn.Module):
-    """Non-overlapping 4x4 patches: images (B, in_chans, H, W) -> (B, dim, H/4, W/4), sizes rounded down."""
-
-    def __init__(self, in_chans: int, dim: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_chans, dim, 4, stride=4)
-        self.norm1 = LayerNorm2d(dim, eps=EPS)
+class LayerNorm3d(nn.LayerNorm):
+    """Layer norm over the channels of a volume (B, C, depth, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm1(self.conv1(channels_last(x)))
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class PatchStem(nn.Module):
+    """Non-overlapping 4x4 patches: images (B, in_chans, H, W) -> (B, dim, H/4, W/4), sizes rounded down.
+
+    With `spatial_dims=3` the same for volumes.
+    """
+
+    def __init__(self, in_chans: int, dim: int, spatial_dims: int = 2):
+        super().__init__()
+        conv, norm, self.memory_format = {
+            2: (nn.Conv2d, LayerNorm2d, torch.channels_last),
+            3: (nn.Conv3d, LayerNorm3d, torch.channels_last_3d),
+        }[spatial_dims]
+        self.conv1 = conv(in_chans, dim, 4, stride=4)
+        self.norm1 = norm(dim, eps=EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm1(self.conv1(x.contiguous(memory_format=self.memory_format)))
 
 
 class BatchNormStem(nn.Sequential):
@@ -76,16 +90,23 @@ class ConvDownsample(nn.Module):
 class PatchMerging(nn.Module):
     """2x2 neighbours concatenated, normalised, projected: map (B, C, H, W) -> (B, out_dim, H/2, W/2), sizes rounded up.
 
-    Odd maps are zero-padded at the bottom and right before the norm.
+    Odd maps are zero-padded at the bottom and right before the norm. With `spatial_dims=3` the same for volumes, of
+    which 2x2x2 neighbours are merged.
     """
 
-    def __init__(self, dim: int, out_dim: int):
+    def __init__(self, dim: int, out_dim: int, spatial_dims: int = 2):
         super().__init__()
-        self.norm = nn.LayerNorm(4 * dim, eps=EPS)
-        self.reduction = nn.Linear(4 * dim, out_dim, bias=False)
+        self.spatial_dims = spatial_dims
+        self.norm = nn.LayerNorm(2**spatial_dims * dim, eps=EPS)
+        self.reduction = nn.Linear(2**spatial_dims * dim, out_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
-        # Weights expect the neighbours in the order (0, 0), (1, 0), (0, 1), (1, 1) of (row, column).
-        x = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 2, 4, 5, 3, 1).flatten(3)
-        return self.reduction(self.norm(x)).permute(0, 3, 1, 2)
+        axes = range(2, 2 + self.spatial_dims)
+        x = F.pad(x, [amount for axis in reversed(axes) for amount in (0, x.shape[axis] % 2)])
+        for axis in reversed(axes):
+            x = x.unflatten(axis, (-1, 2))
+        # Weights expect the neighbours in the order (0, 0), (1, 0), (0, 1), (1, 1) of (row, column), the first axis
+        # being the fastest.
+        halves = [2 * axis - 1 for axis in axes]
+        x = x.permute(0, *(half - 1 for half in halves), *reversed(halves), 1).flatten(1 + self.spatial_dims)
+        return self.reduction(self.norm(x)).movedim(-1, 1)

@@ -13,6 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import ClassVar
 
 import numpy as np
@@ -75,7 +76,8 @@ class Routes(ABC):
         return [_select(y, route[None])[0] for y, route in zip(sequences, inverse, strict=True)]
 
     def _both_tables(self, size: Sequence[int], device: torch.device | str) -> tuple[Tensor, Tensor]:
-        return _tables_of(self, tuple(int(side) for side in size), str(device))
+        # torch.compile turns a size that has changed into a symbol, which index() fixes again and int() does not.
+        return _tables_of(self, tuple(index(side) for side in size), str(device))
 
 
 def _select(x: Tensor, rows: Tensor) -> list[Tensor]:

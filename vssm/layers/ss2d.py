@@ -1,6 +1,6 @@
 """SS2D, the token mixer of VMamba: project, convolve, scan the map along several routes, normalise, project back.
 
-Letters: B batch, H height, W width, C model channels, D inner channels = expand * C.
+Letters: B batch, H height, W width, C model channels, D inner channels = expand * C. A volume has a depth before H.
 """
 
 import math
@@ -34,6 +34,7 @@ class SS2D(nn.Module):
         dt_rank: rank of the step projection; ceil(C / 16) if None.
         gate: multiply the normalised output by SiLU of a second projection of the input.
         conv_bias: give the depthwise convolution a bias.
+        spatial_dims: 2 for maps, 3 for volumes (an extension; the paper has maps only). The routes must fit.
     """
 
     def __init__(
@@ -46,28 +47,32 @@ class SS2D(nn.Module):
         dt_rank: int | None = None,
         gate: bool = False,
         conv_bias: bool = False,
+        spatial_dims: int = 2,
     ):
         super().__init__()
         if d_conv % 2 == 0:
             raise ValueError(f"d_conv must be odd, so that the convolution keeps the size of the map, got {d_conv}")
+        if spatial_dims not in (2, 3):
+            raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}")
         d_inner = int(expand * d_model)
         self.routes = routes
         self.gate = gate
         self.in_proj = nn.Linear(d_model, 2 * d_inner if gate else d_inner, bias=False)
-        self.conv = nn.Conv2d(d_inner, d_inner, d_conv, padding=d_conv // 2, groups=d_inner, bias=conv_bias)
+        conv = {2: nn.Conv2d, 3: nn.Conv3d}[spatial_dims]
+        self.conv = conv(d_inner, d_inner, d_conv, padding=d_conv // 2, groups=d_inner, bias=conv_bias)
         self.scan = RouteScan(d_inner, routes.num_routes, d_state, dt_rank or math.ceil(d_model / 16))
         self.norm = nn.LayerNorm(d_inner)
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, H, W, C) -> map of the same shape."""
-        size = x.shape[1:3]
+        """Map (B, H, W, C), or volume (B, depth, H, W, C) -> the same shape."""
+        size = x.shape[1:-1]
         x = self.in_proj(x)
         if self.gate:
             x, z = x.chunk(2, dim=-1)
         # Channels last all the way: the convolution takes and returns that memory format.
-        x = F.silu(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
-        y = self.scan(x.flatten(1, 2), self.routes.table(size, x.device)).view(x.shape)
+        x = F.silu(self.conv(x.movedim(-1, 1))).movedim(1, -1)
+        y = self.scan(x.flatten(1, -2), self.routes.table(size, x.device)).view(x.shape)
         # Under autocast y is float32 here: the sum over routes can exceed what half precision holds before the norm.
         y = self.norm(y)
         if self.gate:

@@ -101,6 +101,26 @@ def per_axis(key: str, value: Sequence[int] | int, spatial_dims: int) -> tuple[i
     return sizes
 
 
+def check_image(network: str, x: Tensor, spatial_dims: int, in_channels: int) -> None:
+    """Raise ValueError, naming `network`, unless x is a batch of images (batch, in_channels, *size)."""
+    if x.ndim != spatial_dims + 2 or x.shape[1] != in_channels:
+        raise ValueError(
+            f"{network} needs an input (batch, channels, *size) with {in_channels} channels and "
+            f"{spatial_dims} spatial axes, got {tuple(x.shape)}"
+        )
+    if x.shape[0] == 0:
+        raise ValueError(f"{network}: the batch is empty, shape {tuple(x.shape)}; give at least one image")
+
+
+def check_divisible(network: str, size: Sequence[int], divisor: int) -> None:
+    """Raise ValueError, naming `network` and the nearest sizes that fit, unless `divisor` divides every side."""
+    if any(side % divisor or side == 0 for side in size):
+        larger = tuple(max(math.ceil(side / divisor), 1) * divisor for side in size)
+        smaller = tuple(max(side // divisor, 1) * divisor for side in size)
+        crop = "" if any(s > side for s, side in zip(smaller, size, strict=True)) else f" or crop to {smaller}"
+        raise ValueError(f"{network} needs sizes divisible by {divisor}, got {tuple(size)}; pad to {larger}{crop}")
+
+
 def check_positive(key: str, values: Sequence[int]) -> None:
     """Raise ValueError, naming `key`, unless every number is at least 1."""
     if min(values) < 1:

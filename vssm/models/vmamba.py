@@ -11,7 +11,7 @@ has its sXlY in its name (vmamba_tiny_s2l5). A tag of another architecture is an
 Letters: B batch, C channels, H height, W width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from timm.layers import DropPath, LayerNorm2d, Mlp
 from timm.models import generate_default_cfgs, register_model
@@ -29,14 +29,24 @@ from .pyramid import Pyramid, Stage, pyramid_info
 
 
 class Block(nn.Module):
-    """Residual SS2D, then residual MLP unless `mlp_ratio` is 0; both pre-normalised. Map (B, H, W, C) -> same shape."""
+    """Residual mixer, then residual MLP unless `mlp_ratio` is 0; both pre-normalised. Map (B, H, W, C) -> same shape.
 
-    def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: float, drop_path: float):
+    `mlp_layer` is called with (dim, hidden channels).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mixer: nn.Module,
+        mlp_ratio: float,
+        drop_path: float,
+        mlp_layer: Callable[[int, int], nn.Module] = Mlp,
+    ):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=EPS)
         self.mixer = mixer
         self.norm2 = nn.LayerNorm(dim, eps=EPS) if mlp_ratio else None
-        self.mlp = Mlp(dim, int(dim * mlp_ratio)) if mlp_ratio else None
+        self.mlp = mlp_layer(dim, int(dim * mlp_ratio)) if mlp_ratio else None
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
-"""Segmentation networks in MONAI's manner: 2-D and 3-D in one class, logits out. Needs the `medical` extra (MONAI)."""
+"""Segmentation networks in MONAI's manner, logits out; 2-D and 3-D in one class. Needs the `medical` extra (MONAI)."""
 
+from .mhsvmunet import MHSVMUNet
+from .msvmunet import MSVMUNet
 from .umamba import UMambaBot, UMambaEnc
+from .vmunet import VMUNet
 
-__all__ = ["UMambaBot", "UMambaEnc"]
+__all__ = ["MHSVMUNet", "MSVMUNet", "UMambaBot", "UMambaEnc", "VMUNet"]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import remap
 from ..layers.mamba import Mamba
-from ..layers.unet import LEAKY_SLOPE, UNetShape, UpStage, check_positive, per_axis, residual_blocks
+from ..layers.unet import LEAKY_SLOPE, UNetShape, UpStage, check_image, check_positive, per_axis, residual_blocks
 
 __all__ = ["UMambaBot", "UMambaEnc"]
 
@@ -147,7 +147,8 @@ class _UMamba(nn.Module):
         Raises:
             ValueError: wrong rank, channels or size of `x`; the message names what fits.
         """
-        self._check_input(x)
+        check_image(type(self).__name__, x, self.shape.spatial_dims, self.in_channels)
+        self._check_size(tuple(x.shape[2:]))
         x = self.stem(x)
         skips = []
         for stage in self.stages:
@@ -160,19 +161,6 @@ class _UMamba(nn.Module):
             if self.deep_supervision or not skips:
                 logits.insert(0, self.heads[len(skips)](x))
         return logits if self.deep_supervision else logits[0]
-
-    def _check_input(self, x: Tensor) -> None:
-        dims = self.shape.spatial_dims
-        if x.ndim != dims + 2 or x.shape[1] != self.in_channels:
-            raise ValueError(
-                f"{type(self).__name__} needs an input (batch, channels, *size) with {self.in_channels} channels and "
-                f"{dims} spatial axes, got {tuple(x.shape)}"
-            )
-        if x.shape[0] == 0:
-            raise ValueError(
-                f"{type(self).__name__}: the batch is empty, shape {tuple(x.shape)}; give at least one image"
-            )
-        self._check_size(tuple(x.shape[2:]))
 
     def _check_size(self, size: tuple[int, ...]) -> None:
         self.shape.check_size(type(self).__name__, size)
