@@ -19,7 +19,7 @@ static inline int omp_get_thread_num() { return 0; }
 
 #include "calls.h"
 
-// For what a call of would cost more than it saves: it spills all vectors.
+// For functions within long loops: a call would spill all vectors in registers.
 #define VSSM_INLINE __attribute__((always_inline)) static inline
 
 namespace VSSM_LEVEL {
@@ -165,8 +165,10 @@ static inline void transpose(vf* x) {
 
 // Lane j of a quad of x[i] changes places with lane i of the same quad of x[j].
 static inline void transpose_quads(vf* x) {
-    vf lower01 = VSSM_SHUFFLE_QUADS(x[0], x[1], 0, W, 1, W + 1), upper01 = VSSM_SHUFFLE_QUADS(x[0], x[1], 2, W + 2, 3, W + 3);
-    vf lower23 = VSSM_SHUFFLE_QUADS(x[2], x[3], 0, W, 1, W + 1), upper23 = VSSM_SHUFFLE_QUADS(x[2], x[3], 2, W + 2, 3, W + 3);
+    vf lower01 = VSSM_SHUFFLE_QUADS(x[0], x[1], 0, W, 1, W + 1);
+    vf upper01 = VSSM_SHUFFLE_QUADS(x[0], x[1], 2, W + 2, 3, W + 3);
+    vf lower23 = VSSM_SHUFFLE_QUADS(x[2], x[3], 0, W, 1, W + 1);
+    vf upper23 = VSSM_SHUFFLE_QUADS(x[2], x[3], 2, W + 2, 3, W + 3);
     x[0] = VSSM_SHUFFLE_QUADS(lower01, lower23, 0, 1, W, W + 1);
     x[1] = VSSM_SHUFFLE_QUADS(lower01, lower23, 2, 3, W + 2, W + 3);
     x[2] = VSSM_SHUFFLE_QUADS(upper01, upper23, 0, 1, W, W + 1);
@@ -279,7 +281,10 @@ VSSM_INLINE vf softplus_given(vf x, vf e) {
     return positive_part(x) + p * s;
 }
 
-VSSM_INLINE vf softplus(vf x) { return softplus_given(x, exp2(minus_magnitude(x) * LOG2_E)); }
+VSSM_INLINE vf softplus(vf x) {
+    vf e = exp2(minus_magnitude(x) * LOG2_E);
+    return softplus_given(x, e);
+}
 
 static inline vf softplus(vf x, vf& derivative) {
     vf e = exp2(minus_magnitude(x) * LOG2_E), one_plus = 1.f / (1.f + e);

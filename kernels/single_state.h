@@ -112,9 +112,8 @@ struct SingleState {
             call.delta_softplus ? load_dt<true>(begin, end, dt) : load_dt<false>(begin, end, dt);
             for (int64_t t = begin; t < end; t += W) {
                 // W divides chunks.
-                if (t == chunk * size.chunk) {
+                if (t == chunk * size.chunk)
                     store_state(carry, call.chunk_states + first * chunks + chunk++, chunks);
-                }
                 const vf* steps = dt[(t - begin) / W];
                 t + W <= end ? advance<true>(t, end, steps, carry) : advance<false>(t, end, steps, carry);
             }
