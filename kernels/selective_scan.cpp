@@ -4,12 +4,28 @@
 //
 // Letters: B batch, D channels, L steps, N states, G groups of B and C, T steps per chunk.
 #include "arena.h"
+#include "single_state.h"
 
 namespace VSSM_LEVEL {
 namespace {
 
 int64_t chunks(const ScanSizes& size) { return divide_up(size.length, size.chunk); }
 int64_t group_channels(const ScanSizes& size) { return size.channels / size.groups; }
+
+// Channels channel to channel + rows - 1 of an item, all of one group.
+struct Rows {
+    int64_t item, group, channel, rows;
+};
+
+// Cuts the channels of every item and group into `width` and less: how often, and part number `job` of all.
+int64_t parts_of_forward(const ScanSizes& size, int64_t width) {
+    return size.batch * size.groups * divide_up(group_channels(size), width);
+}
+Rows part_of_forward(const ScanSizes& size, int64_t width, int64_t job) {
+    int64_t per_group = divide_up(group_channels(size), width), first = job % per_group * width;
+    int64_t group = job / per_group % size.groups, item = job / per_group / size.groups;
+    return {item, group, group * group_channels(size) + first, min(width, group_channels(size) - first)};
+}
 
 // One vector of channels of a call, forward or backward, and access to the arrays that both have.
 template <class Call>
@@ -356,10 +372,23 @@ void add_terms(const float* terms, int64_t count, int64_t stride, int64_t length
     }
 }
 
+// One state without LOCAL has a kernel of its own.
 template <bool LOCAL>
 void forward_any(const Block<ScanForward>& block) {
     int64_t N = block.call.size.states;
-    N == 1 ? forward_block<1, LOCAL>(block) : N == 16 ? forward_block<16, LOCAL>(block) : forward_block<0, LOCAL>(block);
+    if (N == 16) return forward_block<16, LOCAL>(block);
+    N == 1 ? forward_block<LOCAL, LOCAL>(block) : forward_block<0, LOCAL>(block);
+}
+
+template <int64_t DTYPE>
+void single_state_forward(const ScanForward& call) {
+    const ScanSizes& size = call.size;
+    int64_t jobs = parts_of_forward(size, QUAD);
+#pragma omp parallel for schedule(dynamic, 1) num_threads((int)size.num_threads)
+    for (int64_t job = 0; job < jobs; job++) {
+        Rows part = part_of_forward(size, QUAD, job);
+        SingleState<DTYPE>(call, part.item, part.group, part.channel, part.rows).run();
+    }
 }
 
 template <bool LOCAL>
@@ -374,12 +403,16 @@ void backward_any(const ScanBackward& call, const Partial& partial, const Scratc
 
 void scan_forward(const ScanForward& call) {
     const ScanSizes& size = call.size;
-    int64_t per_group = divide_up(group_channels(size), W), jobs = size.batch * size.groups * per_group;
+    if (size.states == 1 && size.window == 1) {
+        if (call.dtype == VSSM_FLOAT32) return single_state_forward<VSSM_FLOAT32>(call);
+        if (call.dtype == VSSM_BFLOAT16) return single_state_forward<VSSM_BFLOAT16>(call);
+        return single_state_forward<VSSM_FLOAT16>(call);
+    }
+    int64_t jobs = parts_of_forward(size, W);
 #pragma omp parallel for schedule(dynamic, 1) num_threads((int)size.num_threads)
     for (int64_t job = 0; job < jobs; job++) {
-        int64_t first = job % per_group * W, group = job / per_group % size.groups, item = job / per_group / size.groups;
-        Block<ScanForward> block{call, item, group, group * group_channels(size) + first,
-                                 min(W, group_channels(size) - first)};
+        Rows part = part_of_forward(size, W, job);
+        Block<ScanForward> block{call, part.item, part.group, part.channel, part.rows};
         size.window > 1 ? forward_any<true>(block) : forward_any<false>(block);
     }
 }

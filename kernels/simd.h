@@ -19,6 +19,9 @@ static inline int omp_get_thread_num() { return 0; }
 
 #include "calls.h"
 
+// For functions within long loops: a call would spill all vectors in registers.
+#define VSSM_INLINE __attribute__((always_inline)) static inline
+
 namespace VSSM_LEVEL {
 
 #if defined(__AVX512F__)
@@ -147,6 +150,63 @@ static inline void transpose(vf* x) {
     }
 }
 
+// ---- exchange of quads: four neighbouring lanes ----
+
+// A shuffle of a and b that is the same for every quad: lanes i, j, k, l of those of the quad of a, 0 to 3, and of b,
+// W to W + 3.
+#if defined(__AVX512F__)
+#define VSSM_SHUFFLE_QUADS(a, b, i, j, k, l) \
+    VSSM_SHUFFLE(a, b, i, j, k, l, i + 4, j + 4, k + 4, l + 4, i + 8, j + 8, k + 8, l + 8, i + 12, j + 12, k + 12, l + 12)
+#elif defined(__AVX__)
+#define VSSM_SHUFFLE_QUADS(a, b, i, j, k, l) VSSM_SHUFFLE(a, b, i, j, k, l, i + 4, j + 4, k + 4, l + 4)
+#else
+#define VSSM_SHUFFLE_QUADS(a, b, i, j, k, l) VSSM_SHUFFLE(a, b, i, j, k, l)
+#endif
+
+// Lane j of a quad of x[i] changes places with lane i of the same quad of x[j].
+static inline void transpose_quads(vf* x) {
+    vf lower01 = VSSM_SHUFFLE_QUADS(x[0], x[1], 0, W, 1, W + 1);
+    vf upper01 = VSSM_SHUFFLE_QUADS(x[0], x[1], 2, W + 2, 3, W + 3);
+    vf lower23 = VSSM_SHUFFLE_QUADS(x[2], x[3], 0, W, 1, W + 1);
+    vf upper23 = VSSM_SHUFFLE_QUADS(x[2], x[3], 2, W + 2, 3, W + 3);
+    x[0] = VSSM_SHUFFLE_QUADS(lower01, lower23, 0, 1, W, W + 1);
+    x[1] = VSSM_SHUFFLE_QUADS(lower01, lower23, 2, 3, W + 2, W + 3);
+    x[2] = VSSM_SHUFFLE_QUADS(upper01, upper23, 0, 1, W, W + 1);
+    x[3] = VSSM_SHUFFLE_QUADS(upper01, upper23, 2, 3, W + 2, W + 3);
+}
+
+// Moves the quads of x up by `count`, 1 or 2; those of `below` fill the gap.
+static inline vf shift_quads(vf x, vf below, int count) {
+#if defined(__AVX512F__)
+    return count == 1 ? VSSM_SHUFFLE(below, x, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27)
+                      : VSSM_SHUFFLE(below, x, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23);
+#elif defined(__AVX__)
+    (void)count;
+    return VSSM_SHUFFLE(below, x, 4, 5, 6, 7, 8, 9, 10, 11);
+#else
+    (void)x, (void)count;
+    return below;
+#endif
+}
+
+// The last quad of x in every quad.
+static inline vf last_quad(vf x) {
+#if defined(__AVX512F__)
+    return VSSM_SHUFFLE(x, x, 12, 13, 14, 15, 12, 13, 14, 15, 12, 13, 14, 15, 12, 13, 14, 15);
+#elif defined(__AVX__)
+    return VSSM_SHUFFLE(x, x, 4, 5, 6, 7, 4, 5, 6, 7);
+#else
+    return x;
+#endif
+}
+
+// x in the first `count` lanes, 0 in the others.
+static inline vf first_lanes(vf x, int64_t count) {
+    vi lane;
+    for (int i = 0; i < W; i++) lane[i] = i;
+    return lane < (int32_t)count ? x : zero();
+}
+
 // Lane i of the result is the sum over the lanes of x[i]. Overwrites x.
 static inline vf sum_lanes(vf* x) {
 #pragma GCC unroll 4
@@ -172,7 +232,7 @@ static inline float sum_lanes(vf x) {
 constexpr float LOG2_E = 1.44269504088896341f, LN_2 = 0.693147180559945309f;
 
 // 2^x; relative error 1e-7. x below -127 may give 0.
-static inline vf exp2(vf x) {
+VSSM_INLINE vf exp2(vf x) {
 #if defined(__AVX512F__)
     vf fraction = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     vf integer = x - fraction;
@@ -200,18 +260,36 @@ static inline vf exp2(vf x) {
 
 static inline vf sigmoid(vf x) { return 1.f / (1.f + exp2(x * -LOG2_E)); }
 
-// log(1 + exp(x)) and its derivative, relatively exact for every x; no branch is needed for large x.
-static inline vf softplus(vf x, vf& derivative) {
-    vf e = exp2((x > 0.f ? -x : x) * LOG2_E);
-    vf one_plus = 1.f / (1.f + e);
-    derivative = x > 0.f ? one_plus : e * one_plus;
+static inline vf minus_magnitude(vf x) { return (vf)(bits(x) | 0x80000000u); }
+
+// x where that is positive, 0 elsewhere and for NaN.
+static inline vf positive_part(vf x) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_max_ps((__m512)x, (__m512)zero());
+#else
+    return x > 0.f ? x : zero();
+#endif
+}
+
+// log(1 + exp(x)), relatively exact for every x; no branch is needed for large x. `e` is exp(-|x|).
+VSSM_INLINE vf softplus_given(vf x, vf e) {
     // log(1 + e) = 2 artanh(s) with s = e / (2 + e) <= 1/3: minimax in s^2.
     vf s = e / (2.f + e), v = s * s;
-    vf p = v * 0.28011995f + 0.28001804f;
-    p = p * v + 0.40021527f;
-    p = p * v + 0.66666416f;
-    p = p * v + 2.f;
-    return (x > 0.f ? x : zero()) + p * s;
+    vf p = v * 0.3422605f + 0.39589456f;
+    p = p * v + 0.66676f;
+    p = p * v + 1.9999996f;
+    return positive_part(x) + p * s;
+}
+
+VSSM_INLINE vf softplus(vf x) {
+    vf e = exp2(minus_magnitude(x) * LOG2_E);
+    return softplus_given(x, e);
+}
+
+static inline vf softplus(vf x, vf& derivative) {
+    vf e = exp2(minus_magnitude(x) * LOG2_E), one_plus = 1.f / (1.f + e);
+    derivative = x > 0.f ? one_plus : e * one_plus;
+    return softplus_given(x, e);
 }
 
 // ---- tiles: `rows` <= W rows of any dtype, as one vector of W rows per step ----

@@ -142,8 +142,9 @@ def test_every_instruction_set_scans_heads_like_the_definition(instruction_sets)
 
 @pytest.mark.parametrize("payload", [0x7FC00000, 0x7FFFFFFF, -1], ids=hex)
 @pytest.mark.parametrize("argument", ["u", "delta", "z"])
-def test_a_nan_reaches_its_channel_from_its_step_on_and_no_other(instruction_sets, argument, payload):
-    inputs, _ = scan_inputs(batch=1)
+@pytest.mark.parametrize("states", [1, 16])
+def test_a_nan_reaches_its_channel_from_its_step_on_and_no_other(instruction_sets, states, argument, payload):
+    inputs, _ = scan_inputs(batch=1, states=states)
     nan = torch.tensor(payload, dtype=torch.int32).view(torch.float32)
     inputs["u delta A B C D z delta_bias".split().index(argument)][0, 7, 30] = nan
     for level in instruction_sets():
@@ -167,8 +168,9 @@ def test_half_types_keep_infinity_nan_and_the_smallest_numbers(instruction_sets,
         assert (halfway == 1 + 2 * info.eps).all(), level
 
 
-def test_decay_that_grows_overflows_to_infinity_without_a_crash(native_cpu):
-    inputs, _ = scan_inputs()
+@pytest.mark.parametrize("states", [1, 16])
+def test_decay_that_grows_overflows_to_infinity_without_a_crash(native_cpu, states):
+    inputs, _ = scan_inputs(states=states)
     inputs[2] = -inputs[2]
     out, *_ = scan.forward(*inputs, True)
     assert not out.isfinite().all() and out[..., 0].isfinite().all()
@@ -185,8 +187,9 @@ def test_results_do_not_depend_on_the_number_of_threads(native_cpu, with_threads
             assert torch.equal(got, want[index]), (threads, index)
 
 
-def test_an_item_gets_the_same_bits_alone_and_in_a_batch(native_cpu):
-    inputs, grad_out = scan_inputs(batch=3, groups=2)
+@pytest.mark.parametrize("states", [1, 16])
+def test_an_item_gets_the_same_bits_alone_and_in_a_batch(native_cpu, states):
+    inputs, grad_out = scan_inputs(batch=3, groups=2, states=states)
     per_item = (0, 1, 3, 4, 6)
     together = run_scan(inputs, grad_out)
     alone = run_scan([x[1:2] if i in per_item else x for i, x in enumerate(inputs)], grad_out[1:2])

@@ -98,8 +98,9 @@ def test_outputs_and_gradients_agree_with_the_definition(implementation, poisone
 
 @pytest.mark.parametrize("absent", [("D",), ("z",), ("delta_bias",), OPTIONAL], ids="-".join)
 @pytest.mark.parametrize("softplus", [True, False])
-def test_optional_inputs_can_be_left_out(implementation, absent, softplus):
-    inputs = scan_inputs(2, 20, 45, 4, 2, absent=absent)
+@pytest.mark.parametrize("states", [1, 4])
+def test_optional_inputs_can_be_left_out(implementation, states, absent, softplus):
+    inputs = scan_inputs(2, 20, 45, states, 2, absent=absent)
     if not softplus:
         inputs["delta"] = inputs["delta"].abs()
     check_against_definition(implementation, inputs, torch.float32, softplus)
@@ -124,6 +125,11 @@ def test_official_selective_scan_is_reproduced(implementation, file_case):
         result = result if isinstance(result, tuple) else (result,)
         for tensor, (tap, want) in zip(result, case["outputs"].items(), strict=True):
             assert parity.relative_error(tensor, want) < 1e-5, (case["case"], tap)
+
+
+@pytest.mark.parametrize("length", [*range(1, 18), 127, 128, 129])
+def test_one_state_is_scanned_to_the_end_of_every_length(implementation, length):
+    check_against_definition(implementation, scan_inputs(1, 1 + length % 6, length, 1, 1), torch.float32)
 
 
 def test_strong_decay_and_long_memory_stay_exact(implementation):
