@@ -11,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
 import benchmark
+import benchmark_networks
 import benchmark_ops
 import measuring
 
@@ -22,7 +23,7 @@ def short(monkeypatch):
     """Sizes and times that take a second, and the number of threads put back."""
     for name, value in SMALL.items():
         monkeypatch.setattr(benchmark_ops, name, value)
-    for module in (benchmark_ops, benchmark.benchmark_models):
+    for module in (benchmark_ops, benchmark_networks, benchmark.benchmark_models):
         monkeypatch.setattr(module, "take_turns", lambda calls, device, **_: measuring.take_turns(calls, device, 0, 2))
     for name in ("streaming", "threads_gain"):
         original = getattr(benchmark_ops, name)
@@ -64,6 +65,21 @@ def test_models_are_timed_beside_one_another(tmp_path, capsys):
     assert benchmark.main(["models", *names, "--resolution", "160", "--batch", "1", "--threads", "1"]) == 0
     out = capsys.readouterr().out
     assert out.count("| inference | test_vit |") == 1 and out.count("| training step | test_efficientnet |") == 1
+
+
+def test_networks_are_measured_against_the_first(tmp_path, monkeypatch):
+    networks = {"one": lambda c: torch.nn.Conv3d(c, 4, 3), "two": lambda c: torch.nn.Conv3d(c, 4, 5)}
+    monkeypatch.setattr(benchmark_networks, "NETWORKS", networks)
+    # The process that measures memory would not see the networks of this test.
+    peaks = {"one": 4_000_000_000, "two": 1_000_000_000}
+    monkeypatch.setattr(benchmark_networks, "peak_memory", lambda make, arguments, threads: peaks[arguments[0]])
+    arguments = ["networks", "--size", "8", "--channels", "2", "--device", "cpu", "--threads", "1"]
+    assert benchmark.main([*arguments, "--output", str(tmp_path / "networks")]) == 0
+    speed, memory = json.loads((tmp_path / "networks.json").read_text())["results"].values()
+    assert [row["network"] for row in speed] == [row["network"] for row in memory] == ["one", "two"]
+    ratio = statistics.median(speed[1]["ms"]) / statistics.median(speed[0]["ms"])
+    assert float(speed[1]["time / one"]) == pytest.approx(ratio, abs=0.006)
+    assert [row["GB"] for row in memory] == ["4.000", "1.000"] and memory[1]["memory / one"] == "0.25"
 
 
 @pytest.mark.parametrize(

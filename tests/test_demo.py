@@ -138,7 +138,7 @@ def test_network_and_control_see_the_same_patches(options, monkeypatch):
     monkeypatch.setattr(demo_brain, "fit", record)
     demonstration = demo_brain.Demonstration(options)
     demonstration.train("a")
-    demonstration.train("b", mamba_stages=[])
+    demonstration.train("b", mixer="none")
     for (images, labels), (others, other_labels) in zip(*seen, strict=True):
         torch.testing.assert_close(images, others, atol=0, rtol=0)
         torch.testing.assert_close(labels, other_labels, atol=0, rtol=0)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import benchmark_models
+import benchmark_networks
 import benchmark_ops
 import timm
 import torch
@@ -24,7 +25,8 @@ from vssm.volumes.writing import atomic_file
 EXAMPLE = """examples:
   python tools/benchmark.py ops --threads 2 --output model_zoo/benchmarks/cpu
   python tools/benchmark.py models --threads 1 --batch 4 --resolution 224 --output model_zoo/benchmarks/cpu
-  python tools/benchmark.py models vmamba_tiny swin_tiny_patch4_window7_224 --resolution 224 512 1024"""
+  python tools/benchmark.py models vmamba_tiny swin_tiny_patch4_window7_224 --resolution 224 512 1024
+  python tools/benchmark.py networks --size 128 --channels 4 --output model_zoo/benchmarks/networks"""
 WRONG_INPUT = 2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -82,6 +84,16 @@ def run_models(options: argparse.Namespace, device: torch.device) -> dict[str, l
     report = {"models": benchmark_models.speed(names, options.resolution, options.batch, device)}
     memory = benchmark_models.memory(names, options.resolution[0], options.batch, device, options.threads)
     return report | {"memory of a training step beyond weights and pictures": memory}
+
+
+def run_networks(options: argparse.Namespace, device: torch.device) -> dict[str, list[dict[str, Any]]]:
+    """Title -> rows, for 3-D networks."""
+    speed = benchmark_networks.speed(options.channels, options.size, device)
+    memory = benchmark_networks.memory(options.channels, options.size, device, options.threads)
+    return {"networks": speed, "memory of inference beyond weights and volume": memory}
+
+
+RUNS = {"ops": run_ops, "models": run_models, "networks": run_networks}
 
 
 def draw(title: str, rows: list[dict[str, Any]], path: Path) -> None:
@@ -146,7 +158,10 @@ def main(arguments: list[str] | None = None) -> int:
     models.add_argument("names", nargs="*", help="models to compare, the first is the measure of the others")
     models.add_argument("--resolution", type=positive, nargs="+", default=[224])
     models.add_argument("--batch", type=positive, default=4)
-    for subject in (ops, models):
+    networks = subjects.add_parser("networks", help="3-D networks of vssm beside MONAI's SwinUNETR (needs einops)")
+    networks.add_argument("--size", type=positive, default=128, help="voxels of a side of the volume")
+    networks.add_argument("--channels", type=positive, default=4, help="of the volume")
+    for subject in (ops, models, networks):
         subject.add_argument(
             "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
         )
@@ -160,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = " ".join(["python tools/benchmark.py", *(sys.argv[1:] if arguments is None else arguments)])
     where = environment(device, options.threads)
     try:
-        report = (run_ops if options.subject == "ops" else run_models)(options, device)
+        report = RUNS[options.subject](options, device)
     except ValueError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return WRONG_INPUT

@@ -184,7 +184,7 @@ def run(options: Options, output: Path, command: str, export: Path | None = None
         baselines[name] = demonstration.score(thresholds(demonstration.scan)) | dataclasses.asdict(thresholds)
 
     network = demonstration.train("U-Mamba")
-    control = demonstration.train("without Mamba", mamba_stages=[])
+    control = demonstration.train("without Mamba", mixer="none")
     report = {
         "dice": {},
         "baselines": baselines,

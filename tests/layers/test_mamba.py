@@ -2,33 +2,20 @@
 
 from pathlib import Path
 
-import parity
 import pytest
 import torch
 from gradients import assert_reference_gradients
+from mixers import error_with_official_weights
 from tolerances import relative_rms
 
 from vssm.layers.mamba import Mamba
-from vssm.ops import use_reference
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mamba1_mixer.json"
 
 
-@pytest.mark.parametrize("ops", ["default", "reference"])
-def test_official_weights_give_the_official_output(ops):
-    golden = parity.load(GOLDEN)
-    mixer = Mamba(d_model=32, d_state=8)
-    weights = parity.fill_state(golden["state"])
-    mixer.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()}, strict=True)
-    x = torch.from_numpy(parity.fill_input(golden["input"]))
-    with torch.no_grad():
-        if ops == "reference":
-            with use_reference():
-                out = mixer(x)
-        else:
-            out = mixer(x)
-    assert sum(p.numel() for p in mixer.parameters()) == golden["params"]
-    assert parity.relative_error(out.numpy(), golden["outputs"]["out"]) < 1e-5
+@pytest.mark.parametrize("reference", [False, True])
+def test_official_weights_give_the_official_output(reference):
+    assert error_with_official_weights(Mamba(d_model=32, d_state=8), GOLDEN, reference) < 1e-5
 
 
 def test_initialisation_is_that_of_mamba_ssm():

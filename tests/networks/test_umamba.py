@@ -7,9 +7,14 @@ from pathlib import Path
 import parity
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
+from training import losses_of_training
 
 from vssm.checkpoint import load_official
+from vssm.layers.mamba import Mamba
+from vssm.layers.ssd import Mamba2, NonCausalSSD
 from vssm.networks import UMambaBot, UMambaEnc
+from vssm.networks.umamba import MambaLayer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 # The float32 floor of the encoder variant is higher: its official outputs change 300 times as much as its weights.
@@ -31,6 +36,11 @@ def small(variant, spatial_dims, **overrides):
     if variant is UMambaEnc:
         arguments["img_size"] = 8
     return variant(spatial_dims, **arguments | overrides)
+
+
+def every_mixer():
+    for mixer in ("mamba", "ssd", "nc_ssd", "none"):
+        yield from every_small_network(mixer=mixer)
 
 
 def every_small_network(**overrides):
@@ -115,7 +125,7 @@ def test_official_files_that_repeat_tensors_load_and_contradictions_are_refused(
 
 
 def test_official_weights_do_not_load_into_another_network():
-    _, control, state = official("umamba_bot_2d", mamba_stages=())
+    _, control, state = official("umamba_bot_2d", mixer="none")
     with pytest.raises(ValueError, match=r"stages\.4\.mamba"):
         load_official(control, state)
     _, _, state = official("umamba_enc_2d")
@@ -152,8 +162,10 @@ def test_plans_without_a_needed_key_are_refused_by_its_name():
 SHAPES = [
     (dict(), (8, 32, 16)),
     (dict(in_channels=2, out_channels=1), (8, 16, 8)),
-    (dict(mamba_stages=()), (8, 32, 16)),
-    (dict(mamba_stages=(0, 2)), (8, 16, 8)),
+    (dict(mixer="none"), (8, 32, 16)),
+    (dict(mixer="ssd"), (8, 16, 8)),
+    (dict(mixer="nc_ssd"), (8, 16, 8)),
+    (dict(mixer_stages=(0, 2)), (8, 16, 8)),
     (dict(strides=(1, (1, 2, 2), (2, 1, 2)), kernel_sizes=((1, 3, 3), 5, 1)), (2, 6, 12)),
     (
         dict(features=(4, 8), strides=(1, 4), kernel_sizes=(3, 3), num_blocks=(2, 2), num_decoder_blocks=(3,)),
@@ -210,10 +222,31 @@ def test_mamba_layers_stand_where_they_were_published():
 def test_the_control_differs_by_the_mamba_layers_alone():
     for variant in VARIANTS.values():
         for spatial_dims in (2, 3):
-            full, control = (small(variant, spatial_dims, **o).state_dict() for o in ({}, {"mamba_stages": ()}))
+            full, control = (small(variant, spatial_dims, **o).state_dict() for o in ({}, {"mixer": "none"}))
             rest = {key: value.shape for key, value in full.items() if ".mamba." not in key}
             assert len(rest) < len(full)
             assert rest == {key: value.shape for key, value in control.items()}
+
+
+def test_mixers_change_nothing_but_themselves():
+    for variant in VARIANTS.values():
+        networks = {name: small(variant, 3, mixer=name) for name in ("mamba", "ssd", "nc_ssd")}
+        kinds = {"mamba": Mamba, "ssd": Mamba2, "nc_ssd": NonCausalSSD}
+        rest = []
+        for name, network in networks.items():
+            mixers = [stage.mamba.mixer for stage in network.stages if isinstance(stage.mamba, MambaLayer)]
+            assert mixers and {type(mixer) for mixer in mixers} == {kinds[name]}
+            state = network.state_dict().items()
+            rest.append({key: value.shape for key, value in state if ".mixer." not in key})
+        assert rest[0] == rest[1] == rest[2]
+        # As many states per channel in each: A of Mamba, and what ssd and nc_ssd keep.
+        assert networks["mamba"].stages[-1].mamba.mixer.A_log.shape[1] == 16
+        assert {networks[name].stages[-1].mamba.mixer.d_state for name in ("ssd", "nc_ssd")} == {16}
+
+
+def test_the_control_takes_every_size_that_the_strides_allow():
+    control = small(UMambaEnc, 2, mixer="none").eval()
+    assert control(torch.randn(1, 1, 16, 24)).shape == (1, 3, 16, 24)
 
 
 def test_the_skip_of_the_highest_resolution_is_left_out_in_2d_only():
@@ -239,8 +272,21 @@ def test_every_parameter_gets_a_gradient():
             assert [name for name, p in network.named_parameters() if p.grad is None] == []
 
 
+def test_every_parameter_of_every_mixer_gets_a_gradient():
+    for network, x in every_mixer():
+        network(x).square().sum().backward()
+        assert [name for name, p in network.named_parameters() if p.grad is None] == []
+
+
+def test_training_lowers_the_loss_with_every_mixer():
+    for network, x in every_mixer():
+        target = (x[:, 0] > 0).long()
+        losses = losses_of_training(network, x, target, cross_entropy)
+        assert losses[-1] < 0.7 * losses[0]
+
+
 def test_bfloat16_autocast_stays_finite_and_close():
-    for network, x in every_small_network():
+    for network, x in every_mixer():
         network.eval()
         with torch.no_grad():
             wanted = network(x)
@@ -270,7 +316,7 @@ def test_compiles_without_graph_breaks(variant, spatial_dims):
 
 
 def test_exports_with_the_same_logits():
-    for network, x in every_small_network():
+    for network, x in every_mixer():
         network.eval()
         exported = torch.export.export(network, (x,)).module()
         with torch.no_grad():
@@ -293,7 +339,9 @@ def test_exports_with_the_same_logits():
         (dict(num_blocks=(1, 1)), "num_blocks has 2 entries; 3 are needed"),
         (dict(num_blocks=(1, 0, 1)), "num_blocks holds 0"),
         (dict(num_decoder_blocks=(1, 1, 1)), "num_decoder_blocks has 3 entries; 2 are needed"),
-        (dict(mamba_stages=(3,)), r"mamba_stages is \(3,\); the stages are 0 to 2"),
+        (dict(mixer_stages=(3,)), r"mixer_stages is \(3,\); it must name some of the stages 0 to 2"),
+        (dict(mixer_stages=()), r"mixer_stages is \(\).*mixer='none' leaves the mixers out"),
+        (dict(mixer="mamba2"), r"mixer is 'mamba2'; it must be one of mamba, ssd, nc_ssd, none"),
     ],
 )
 @pytest.mark.parametrize("variant", VARIANTS.values())

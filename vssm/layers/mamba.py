@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..ops import causal_conv1d, selective_scan
 from .precision import without_autocast
 
-__all__ = ["Mamba"]
+__all__ = ["Mamba", "initial_dt_bias"]
 
 # Step sizes dt at initialisation are log-uniform in this range (section 3.6).
 _DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 1e-1, 1e-4
@@ -76,9 +76,7 @@ class Mamba(nn.Module):
         self.A_log.copy_(torch.arange(1, states + 1, dtype=torch.float32).log().expand(inner, states))
         self.D.fill_(1.0)
         nn.init.uniform_(self.dt_proj.weight, -(rank**-0.5), rank**-0.5)
-        dt = torch.empty(inner).uniform_(math.log(_DT_MIN), math.log(_DT_MAX)).exp().clamp(min=_DT_FLOOR)
-        # The inverse of softplus, log(exp(dt) - 1), in a form that keeps small dt exact.
-        self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        self.dt_proj.bias.copy_(initial_dt_bias(inner))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, d_model) -> (B, L, d_model), stored channels-first, that is with the strides of (B, d_model, L)."""
@@ -106,6 +104,13 @@ class Mamba(nn.Module):
         )
         with without_autocast(y):
             return _project(self.out_proj.weight.to(y.dtype), y).transpose(1, 2)
+
+
+def initial_dt_bias(count: int) -> Tensor:
+    """`count` biases whose softplus, the step size, is log-uniform in Mamba's range."""
+    dt = torch.empty(count).uniform_(math.log(_DT_MIN), math.log(_DT_MAX)).exp().clamp(min=_DT_FLOOR)
+    # The inverse of softplus, log(exp(dt) - 1), in a form that keeps small dt exact.
+    return dt + torch.log(-torch.expm1(-dt))
 
 
 def _project(weight: Tensor, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from monai.networks.layers import Conv, get_act_layer, get_norm_layer, same_padd
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-__all__ = ["LEAKY_SLOPE", "ResidualBlock", "UNetShape", "UpStage", "residual_blocks"]
+__all__ = ["LEAKY_SLOPE", "ResidualBlock", "UNetShape", "UpStage", "check_size", "residual_blocks"]
 
 LEAKY_SLOPE = 0.01
 
@@ -81,15 +81,24 @@ class UNetShape:
 
     def check_size(self, network: str, size: Sequence[int]) -> None:
         """Raise ValueError, with the nearest size that fits, unless `network` can take images of `size`."""
-        maps = [max(math.ceil(n / divisor), 1) for n, divisor in zip(size, self.size_divisor, strict=True)]
-        if math.prod(maps) == 1:
-            maps[-1] = 2
-        fitting = tuple(n * divisor for n, divisor in zip(maps, self.size_divisor, strict=True))
-        if tuple(size) != fitting:
-            raise ValueError(
-                f"{network} needs sizes divisible by {self.size_divisor} that leave more than one voxel at the deepest "
-                f"stage (instance norm divides by their spread), got {tuple(size)}; pad to {fitting}"
-            )
+        check_size(network, size, self.size_divisor)
+
+
+def check_size(network: str, size: Sequence[int], divisor: Sequence[int]) -> None:
+    """Raise ValueError, with the nearest size that fits, unless `network` can take images of `size`.
+
+    Args:
+        divisor: what sizes must be multiples of, per axis: the reduction of the deepest stage.
+    """
+    maps = [max(math.ceil(n / step), 1) for n, step in zip(size, divisor, strict=True)]
+    if math.prod(maps) == 1:
+        maps[-1] = 2
+    fitting = tuple(n * step for n, step in zip(maps, divisor, strict=True))
+    if tuple(size) != fitting:
+        raise ValueError(
+            f"{network} needs sizes divisible by {tuple(divisor)} that leave more than one voxel at the deepest stage "
+            f"(instance norm divides by their spread), got {tuple(size)}; pad to {fitting}"
+        )
 
 
 def per_axis(key: str, value: Sequence[int] | int, spatial_dims: int) -> tuple[int, ...]:

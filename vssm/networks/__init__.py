@@ -2,7 +2,9 @@
 
 from .mhsvmunet import MHSVMUNet
 from .msvmunet import MSVMUNet
+from .segmamba import SegMamba
 from .umamba import UMambaBot, UMambaEnc
+from .vivim import Vivim
 from .vmunet import VMUNet
 
-__all__ = ["MHSVMUNet", "MSVMUNet", "UMambaBot", "UMambaEnc", "VMUNet"]
+__all__ = ["MHSVMUNet", "MSVMUNet", "SegMamba", "UMambaBot", "UMambaEnc", "VMUNet", "Vivim"]

@@ -16,25 +16,30 @@ from torch import Tensor, nn
 
 from ..checkpoint import remap
 from ..layers.mamba import Mamba
+from ..layers.ssd import Mamba2, NonCausalSSD
 from ..layers.unet import LEAKY_SLOPE, UNetShape, UpStage, check_image, check_positive, per_axis, residual_blocks
 
 __all__ = ["UMambaBot", "UMambaEnc"]
 
+# Token mixers to choose from, with Mamba's number of states so that they compare; None leaves the layer out.
+_STATES = 16
+_MIXERS = {"mamba": Mamba, "ssd": Mamba2, "nc_ssd": NonCausalSSD, "none": None}
+
 
 class MambaLayer(nn.Module):
-    """Layer norm and Mamba over the tokens of a feature map; the result REPLACES the features (no residual).
+    """Layer norm and a mixer over the tokens of a feature map; the result REPLACES the features (no residual).
 
     Tokens are the voxels in row-major order, described by their channels; or, where `map_size` is given, the channels,
     described by the voxels of a map of that size. float32 throughout, also under autocast: in half precision the
     rounding errors of stacked Mamba layers grow, and U-Mamba's authors met NaN in training.
     """
 
-    def __init__(self, channels: int, map_size: Sequence[int] | None = None) -> None:
+    def __init__(self, mixer: type[nn.Module], channels: int, map_size: Sequence[int] | None = None) -> None:
         super().__init__()
         self.channel_tokens = map_size is not None
         width = math.prod(map_size) if self.channel_tokens else channels
         self.norm = nn.LayerNorm(width)
-        self.mixer = Mamba(width)
+        self.mixer = mixer(width, d_state=_STATES)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -64,14 +69,20 @@ class _UMamba(nn.Module):
         in_channels: int,
         out_channels: int,
         deep_supervision: bool,
-        mamba_stages: Sequence[int],
+        mixer: str,
+        mixer_stages: Sequence[int],
         token_maps: Sequence[Sequence[int] | None],
     ) -> None:
         super().__init__()
         check_positive("in_channels", (in_channels,))
         check_positive("out_channels", (out_channels,))
-        if not set(mamba_stages) <= set(range(shape.depth)):
-            raise ValueError(f"mamba_stages is {tuple(mamba_stages)}; the stages are 0 to {shape.depth - 1}")
+        if mixer not in _MIXERS:
+            raise ValueError(f"mixer is {mixer!r}; it must be one of {', '.join(_MIXERS)}")
+        if not mixer_stages or not set(mixer_stages) <= set(range(shape.depth)):
+            raise ValueError(
+                f"mixer_stages is {tuple(mixer_stages)}; it must name some of the stages 0 to {shape.depth - 1} "
+                "(mixer='none' leaves the mixers out)"
+            )
         self.shape = shape
         self.in_channels = in_channels
         self.deep_supervision = deep_supervision
@@ -81,7 +92,8 @@ class _UMamba(nn.Module):
         self.stages = nn.ModuleList()
         for s, num_blocks in enumerate(shape.num_blocks):
             blocks = residual_blocks(dims, features[max(s - 1, 0)], features[s], kernels[s], strides[s], num_blocks)
-            mamba = MambaLayer(features[s], token_maps[s]) if s in mamba_stages else nn.Identity()
+            mixes = s in mixer_stages and mixer != "none"
+            mamba = MambaLayer(_MIXERS[mixer], features[s], token_maps[s]) if mixes else nn.Identity()
             self.stages.append(nn.Sequential(OrderedDict(blocks=blocks, mamba=mamba)))
         self.decoder = nn.ModuleList()
         for s, num_blocks in zip(reversed(range(shape.depth - 1)), shape.num_decoder_blocks, strict=True):
@@ -108,7 +120,8 @@ class _UMamba(nn.Module):
         out_channels: int,
         *,
         deep_supervision: bool = False,
-        mamba_stages: Sequence[int] | None = None,
+        mixer: str = "mamba",
+        mixer_stages: Sequence[int] | None = None,
     ) -> _UMamba:
         """The published network for one configuration of nnU-Net's plans, e.g. `plans["configurations"]["3d_fullres"]`.
 
@@ -119,7 +132,7 @@ class _UMamba(nn.Module):
         if missing:
             raise ValueError(f"plans lacks {', '.join(missing)}; one configuration of nnU-Net's plans is needed")
         kernel_sizes = plans["conv_kernel_sizes"]
-        options = dict(deep_supervision=deep_supervision, mamba_stages=mamba_stages)
+        options = dict(deep_supervision=deep_supervision, mixer=mixer, mixer_stages=mixer_stages)
         return cls(len(kernel_sizes[0]), in_channels, out_channels, **cls._plan_arguments(plans), **options)
 
     @classmethod
@@ -207,8 +220,9 @@ class UMambaBot(_UMamba):
         num_decoder_blocks: residual blocks of each decoder stage, the deepest first; one entry fewer than `features`.
         deep_supervision: return logits at every resolution, in training and in evaluation. Set the attribute of the
             same name to False, for instance after training, to get the highest resolution only.
-        mamba_stages: stages followed by a Mamba layer; None is the published choice, the deepest. () is the control:
-            the same network with the Mamba layers left out.
+        mixer: what mixes the tokens: "mamba" is the published choice; "ssd" is Mamba-2 and "nc_ssd" VSSD's non-causal
+            mixer in its place, with as many states; "none" is the control, the same network without these layers.
+        mixer_stages: stages followed by a mixer; None is the published choice, the deepest.
 
     Raises:
         ValueError: arguments that do not fit each other; in forward an image of the wrong rank, channels or size.
@@ -232,12 +246,13 @@ class UMambaBot(_UMamba):
         num_blocks: Sequence[int],
         num_decoder_blocks: Sequence[int],
         deep_supervision: bool = False,
-        mamba_stages: Sequence[int] | None = None,
+        mixer: str = "mamba",
+        mixer_stages: Sequence[int] | None = None,
     ) -> None:
         shape = UNetShape(spatial_dims, features, strides, kernel_sizes, num_blocks, num_decoder_blocks)
-        if mamba_stages is None:
-            mamba_stages = (shape.depth - 1,)
-        super().__init__(shape, in_channels, out_channels, deep_supervision, mamba_stages, [None] * shape.depth)
+        if mixer_stages is None:
+            mixer_stages = (shape.depth - 1,)
+        super().__init__(shape, in_channels, out_channels, deep_supervision, mixer, mixer_stages, [None] * shape.depth)
 
 
 class UMambaEnc(_UMamba):
@@ -248,8 +263,8 @@ class UMambaEnc(_UMamba):
 
     Args:
         img_size: size of the patches to train on, in voxels, a number or one per axis.
-        mamba_stages: stages followed by a Mamba layer; None is the published choice: in 3-D every stage, in 2-D every
-            second one, so that the deepest has one. () is the control: the same network with the Mamba layers left out.
+        mixer_stages: stages followed by a mixer; None is the published choice: in 3-D every stage, in 2-D every second
+            one, so that the deepest has one.
 
     The other arguments, the errors and `from_plans` are those of `UMambaBot`.
     """
@@ -269,18 +284,20 @@ class UMambaEnc(_UMamba):
         num_blocks: Sequence[int],
         num_decoder_blocks: Sequence[int],
         deep_supervision: bool = False,
-        mamba_stages: Sequence[int] | None = None,
+        mixer: str = "mamba",
+        mixer_stages: Sequence[int] | None = None,
     ) -> None:
         shape = UNetShape(spatial_dims, features, strides, kernel_sizes, num_blocks, num_decoder_blocks)
-        if mamba_stages is None:
-            mamba_stages = range(shape.depth) if spatial_dims == 3 else range((shape.depth + 1) % 2, shape.depth, 2)
+        if mixer_stages is None:
+            mixer_stages = range(shape.depth) if spatial_dims == 3 else range((shape.depth + 1) % 2, shape.depth, 2)
         img_size = per_axis("img_size", img_size, spatial_dims)
         shape.check_size(type(self).__name__, img_size)
         maps = shape.map_sizes(img_size)
         token_maps = [size if math.prod(size) <= f else None for size, f in zip(maps, features, strict=True)]
-        super().__init__(shape, in_channels, out_channels, deep_supervision, mamba_stages, token_maps)
+        super().__init__(shape, in_channels, out_channels, deep_supervision, mixer, mixer_stages, token_maps)
         self.img_size = img_size
-        self.channel_token_stages = tuple(s for s in mamba_stages if token_maps[s] is not None)
+        layers = enumerate(stage.mamba for stage in self.stages)
+        self.channel_token_stages = tuple(s for s, layer in layers if getattr(layer, "channel_tokens", False))
 
     @classmethod
     def _plan_arguments(cls, plans: Mapping) -> dict:
