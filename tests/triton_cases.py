@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 
 import torch
-from tolerances import assert_close
+from extremes import DECAYS, extreme_steps
+from tolerances import assert_close, assert_finite_where_it_fits
 
 from vssm.ops.causal_conv1d import op as conv_op
 from vssm.ops.causal_conv1d import triton as conv
@@ -18,6 +19,14 @@ from vssm.ops.cross_selective_scan import op as cross_op
 from vssm.ops.cross_selective_scan import triton as cross
 from vssm.ops.cross_selective_scan.portable import cross_selective_scan_forward
 from vssm.ops.cross_selective_scan.reference import cross_selective_scan_reference
+from vssm.ops.local_bidirectional_scan import op as local_op
+from vssm.ops.local_bidirectional_scan import triton as local_scan
+from vssm.ops.local_bidirectional_scan.chunks import windowed_chunk_length
+from vssm.ops.local_bidirectional_scan.portable import (
+    local_bidirectional_scan_backward,
+    local_bidirectional_scan_forward,
+)
+from vssm.ops.local_bidirectional_scan.reference import local_bidirectional_scan_reference
 from vssm.ops.selective_scan import op as scan_op
 from vssm.ops.selective_scan import triton as scan
 from vssm.ops.selective_scan.chunks import num_chunks
@@ -165,6 +174,80 @@ def check_scan_leaves_float64_to_the_portable_form():
     got, want = run_scan(inputs, gradients), scan_definition(inputs, gradients)
     for name, tensor in want.items():
         assert_close(got[name], tensor, torch.float64, name)
+
+
+def run_local_scan(inputs, grad_out, window, softplus=True, cut=False):
+    """{name: tensor} of the output, chunk states and gradients of the kernels."""
+    with _set(scan, FULL_WARPS=10**9 if cut else 0), _poisoned_memory():
+        out, chunk_states = local_scan.forward(*inputs, softplus, window)
+        results = local_scan.backward(grad_out, *inputs, chunk_states, softplus, window)
+    named = {f"d{name}": x for name, x in zip(SCAN_NAMES, results, strict=True)}
+    return {"out": out, "chunk_states": chunk_states} | named
+
+
+def check_local_scan(shape, window, dtype=torch.float32, cut=False, absent=(), softplus=True):
+    inputs, (grad_out, _) = scan_inputs(*shape, dtype=dtype, absent=absent)
+    if not softplus:
+        inputs[1] = inputs[1].abs()
+    got = run_local_scan(inputs, grad_out, window, softplus, cut)
+    leaves = [None if x is None else x.cpu().double().requires_grad_() for x in inputs]
+    present = {name: x for name, x in zip(SCAN_NAMES, leaves, strict=True) if x is not None}
+    out = local_bidirectional_scan_reference(*leaves, softplus, window)
+    gradients = torch.autograd.grad(out, list(present.values()), grad_out.cpu().double())
+    want = {"out": out} | {f"d{name}": g for name, g in zip(present, gradients, strict=True)}
+    want["chunk_states"] = local_bidirectional_scan_forward(
+        *[None if x is None else x.detach() for x in leaves], softplus, window
+    )[1]
+    for name, tensor in want.items():
+        assert_close(got[name], tensor, got[name].dtype, name)
+    for name, x in zip(SCAN_NAMES, inputs, strict=True):
+        assert got[f"d{name}"].shape == (0,) if x is None else got[f"d{name}"].dtype == x.dtype
+    assert got["out"].dtype == dtype
+
+
+def check_local_scan_repeats_bit_by_bit(cut):
+    inputs, (grad_out, _) = scan_inputs(1, 6, 33, 2, 1)
+    first, second = (run_local_scan(inputs, grad_out, 8, cut=cut) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def check_local_scan_with_one_step_a_window_is_the_scan():
+    inputs, (grad_out, _) = scan_inputs(1, 3, 21, 2, 1)
+    got, want = run_local_scan(inputs, grad_out, 1), run_scan(inputs, (grad_out, None))
+    for name, tensor in got.items():
+        assert torch.equal(tensor, want[name]), name
+
+
+def check_local_scan_of_an_empty_batch():
+    inputs, (grad_out, _) = scan_inputs(0, 6, 9, 4, 2)
+    got = run_local_scan(inputs, grad_out, 4)
+    assert got["out"].shape == (0, 6, 9) and got["dB"].shape == (0, 2, 4, 9)
+    for name in ("dA", "dD", "ddelta_bias"):
+        assert not got[name].any(), name
+
+
+def check_local_scan_leaves_other_windows_to_the_portable_form(window, dtype):
+    inputs, (grad_out, _) = scan_inputs(1, 2, 40, 2, 1)
+    inputs, grad_out = [x.to(dtype) for x in inputs], grad_out.to(dtype)
+    got = run_local_scan(inputs, grad_out, window)
+    out, chunk_states = local_bidirectional_scan_forward(*inputs, True, window)
+    assert torch.equal(got["out"], out) and torch.equal(got["chunk_states"], chunk_states)
+    want = local_bidirectional_scan_backward(grad_out, *inputs, chunk_states, True, window)
+    for name, tensor in zip(SCAN_NAMES, want, strict=True):
+        assert torch.equal(got[f"d{name}"], tensor), name
+    assert chunk_states.shape[2] == -(-40 // windowed_chunk_length(40, window))
+
+
+def check_local_scan_is_finite_for_extreme_steps_and_decays(dtype):
+    length = 48
+    inputs, (grad_out, _) = scan_inputs(1, len(DECAYS), length, 1, 1, dtype=dtype, absent=("delta_bias",))
+    inputs[1] = extreme_steps((1, len(DECAYS), length), 2, dtype).to(DEVICE)
+    inputs[2] = torch.tensor(DECAYS)[:, None].to(DEVICE)
+    wide = [x if x is None or x.dtype == torch.float32 else x.float() for x in inputs]
+    got = run_local_scan(inputs, grad_out, 16, softplus=False, cut=True)
+    for name, tensor in run_local_scan(wide, grad_out.float(), 16, softplus=False, cut=True).items():
+        assert_finite_where_it_fits(got[name], tensor, name)
 
 
 def check_carry(segments, reverse, first):
@@ -336,6 +419,8 @@ def check_the_dispatcher_takes_what_the_kernels_return(op):
     # One of everything: tensors of one number are contiguous however they were cut out of others.
     if op == "selective_scan":
         _check_op(scan_op, scan, (*scan_inputs(1, 1, 1, 1, 1)[0], True))
+    elif op == "local_bidirectional_scan":
+        _check_op(local_op, local_scan, (*scan_inputs(1, 1, 1, 1, 1)[0], True, 2))
     elif op == "causal_conv1d":
         _check_op(conv_op, conv, (*conv_inputs(1, 1, 1, 1)[:3], True))
     else:

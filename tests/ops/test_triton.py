@@ -14,7 +14,7 @@ from conftest import require
 
 from vssm.ops import backends, gpu, selective_scan, use_portable
 
-OPS = ("selective_scan", "causal_conv1d", "cross_selective_scan")
+OPS = ("selective_scan", "causal_conv1d", "cross_selective_scan", "local_bidirectional_scan")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -86,6 +86,58 @@ def test_an_empty_batch_gives_empty_outputs_and_zero_gradients(check):
 
 def test_float64_goes_to_the_portable_form(check):
     check("check_scan_leaves_float64_to_the_portable_form")
+
+
+@pytest.mark.parametrize("window", [2, 16])
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "segments"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_local_scan_agrees_with_the_definition_in_every_dtype(check, dtype, cut, window):
+    check("check_local_scan", (1, 4, 37, 3, 2), window, dtype, cut)
+
+
+@pytest.mark.parametrize(
+    "shape,window",  # batch, channels, length, states, groups
+    [
+        ((1, 4, 1, 2, 1), 16),
+        ((2, 3, 18, 16, 1), 4),
+        ((1, 40, 5, 1, 1), 8),
+        ((1, 2, 3, 20, 2), 4),
+        ((1, 1, 50, 65, 1), 16),
+        ((1, 6, 64, 4, 1), 1),
+    ],
+    ids=str,
+)
+def test_local_scan_agrees_with_the_definition_for_every_shape(check, shape, window):
+    check("check_local_scan", shape, window)
+
+
+@pytest.mark.parametrize("softplus", [True, False])
+@pytest.mark.parametrize("absent", [("D",), ("z",), ("delta_bias",), ("D", "z", "delta_bias")], ids="-".join)
+def test_optional_inputs_of_the_local_scan_can_be_left_out(check, absent, softplus):
+    check("check_local_scan", (1, 2, 10, 2, 1), 8, absent=absent, softplus=softplus)
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "segments"])
+def test_the_local_scan_gives_the_same_bits_every_time(check, cut):
+    check("check_local_scan_repeats_bit_by_bit", cut)
+
+
+def test_a_window_of_one_step_makes_the_local_scan_the_selective_scan(check):
+    check("check_local_scan_with_one_step_a_window_is_the_scan")
+
+
+def test_the_local_scan_of_an_empty_batch_has_zero_gradients(check):
+    check("check_local_scan_of_an_empty_batch")
+
+
+@pytest.mark.parametrize("window,dtype", [(6, torch.float32), (32, torch.float32), (8, torch.float64)], ids=str)
+def test_other_windows_and_float64_go_to_the_portable_form(check, window, dtype):
+    check("check_local_scan_leaves_other_windows_to_the_portable_form", window, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_the_local_scan_is_finite_for_extreme_steps_and_decays(check, dtype):
+    check("check_local_scan_is_finite_for_extreme_steps_and_decays", dtype)
 
 
 @pytest.mark.parametrize("first", [False, True])

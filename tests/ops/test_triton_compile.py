@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 
 from vssm.ops.causal_conv1d import triton as conv
 from vssm.ops.cross_selective_scan import triton as cross
+from vssm.ops.local_bidirectional_scan import triton as local_scan
 from vssm.ops.selective_scan import triton as scan
 
 TARGETS = {"H200": GPUTarget("cuda", 90, 32), "MI300": GPUTarget("hip", "gfx942", 64)}
@@ -93,6 +94,25 @@ def test_the_scan_compiles(compiled, target, shape, dtype, optional):
     assert kernels.keys() == {"scan_kernel", "backward_kernel"} | (cut if shape[2] > 100_000 else set())
     for name, kernel in kernels.items():
         # What a program of an MI300 may have; an H200 gives 227 KiB.
+        assert kernel.metadata.shared <= 64 * 1024, name
+
+
+@pytest.mark.parametrize(
+    "target,shape,window,dtype,optional",
+    [
+        ("H200", (1, 64, 262_144, 16, 1), 16, torch.bfloat16, True),
+        ("H200", (128, 384, 196, 16, 1), 8, torch.float32, False),
+        ("H200", (3, 3, 4, 64, 1), 4, torch.float16, True),
+        ("MI300", (1, 64, 1024, 16, 1), 16, torch.float32, True),
+    ],
+)
+def test_the_local_scan_compiles(compiled, target, shape, window, dtype, optional):
+    inputs = scan_inputs(*shape, dtype, optional)
+    kernels, (out, chunk_states) = compiled(target, local_scan.forward, *inputs, True, window)
+    kernels |= compiled(target, local_scan.backward, out, *inputs, chunk_states, True, window)[0]
+    cut = {"segment_ends_kernel", "segment_messages_kernel", "carry_kernel"}
+    assert kernels.keys() == {"scan_kernel", "backward_kernel"} | (cut if shape[2] > 1000 else set())
+    for name, kernel in kernels.items():
         assert kernel.metadata.shared <= 64 * 1024, name
 
 

@@ -75,7 +75,7 @@ def _ops() -> dict[str, tuple]:
 # Ops that are nothing but matrix products: no device has a kernel of ours for them.
 _MATRIX_PRODUCTS = ("nc_ssd",)
 # The ops that have Triton kernels.
-_TRITON = ("selective_scan", "causal_conv1d", "cross_selective_scan")
+_TRITON = ("selective_scan", "causal_conv1d", "cross_selective_scan", "local_bidirectional_scan")
 
 
 def _registered() -> Iterator[tuple]:
