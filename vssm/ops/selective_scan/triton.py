@@ -47,13 +47,17 @@ def segments_of(length: int, chunk: int, warps: int) -> tuple[int, int]:
 
 
 def carry(A, ends, dt_sums, first, reverse: bool) -> torch.Tensor:
-    """What enters each segment, like `ends` (B, S, N, D), the first from `first` (B, N, D) or zero; A is (N, D)."""
+    """What enters each segment, like `ends` (B, S, N, D), the first from `first` (B, N, D) or zero.
+
+    A is (N, D) and `dt_sums` (B, S, D), both with fewer columns if so many neighbouring channels share one.
+    """
     batch, segments, states, channels = ends.shape
     result = torch.empty_like(ends)
-    # Tiles of 1,024 numbers, a sector of memory wide.
-    width, tile = 8, 128
+    # Tiles of up to 1,024 numbers, at least a sector of memory wide where there are so many channels.
+    tile = min(128, triton.next_power_of_2(segments))
+    width = min(1024 // tile, triton.next_power_of_2(channels))
     carry_kernel[(batch * states * triton.cdiv(channels, width),)](
-        *(A, ends, dt_sums, first, result, channels, states, segments),
+        *(A, ends, dt_sums, first, result, channels, channels // A.shape[1], states, segments),
         **{"REVERSE": reverse, "CHANNELS": width, "TILE": tile, "num_warps": 4, "enable_fp_fusion": True},
     )
     return result

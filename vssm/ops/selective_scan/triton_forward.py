@@ -278,6 +278,7 @@ def carry_kernel(
     first,
     entering,
     channels,
+    sharing,
     states,
     segments,
     REVERSE: tl.constexpr,
@@ -286,8 +287,9 @@ def carry_kernel(
 ):
     """What enters each segment when value <- exp(A * sum of dt) * value + end runs over them, from `first` or zero.
 
-    `ends` and `entering` are (B, S, N, D), `dt_sums` (B, S, D), `first` (B, N, D). With REVERSE the last segment comes
-    first. A program takes CHANNELS channels of one state; so few steps are scanned across lanes.
+    `ends` and `entering` are (B, S, N, D), `dt_sums` (B, S, D), `first` (B, N, D), A (N, D), but `sharing` neighbouring
+    channels share their dt and A. With REVERSE the last segment comes first. A program takes CHANNELS channels of one
+    state; so few steps are scanned across lanes.
     """
     blocks = tl.cdiv(channels, CHANNELS)
     channel = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
@@ -295,7 +297,7 @@ def carry_kernel(
     batch = (tl.program_id(0) // blocks // states).to(tl.int64)
     real = channel < channels
     index = tl.arange(0, TILE)
-    rates = tl.load(A + n * channels + channel, mask=real, other=0.0) * LOG2_E
+    rates = tl.load(A + n * (channels // sharing) + channel // sharing, mask=real, other=0.0) * LOG2_E
     value = tl.zeros([CHANNELS], tl.float32)
     if first is not None:
         value = tl.load(first + (batch * states + n) * channels + channel, mask=real, other=0.0)
@@ -308,7 +310,8 @@ def carry_kernel(
             segment = segments - 1 - order
         mask = (order < segments)[:, None] & real[None, :]
         row = batch * segments + segment
-        dt_sum = tl.load(dt_sums + row[:, None] * channels + channel[None, :], mask=mask, other=0.0)
+        dt_place = row[:, None] * (channels // sharing) + channel[None, :] // sharing
+        dt_sum = tl.load(dt_sums + dt_place, mask=mask, other=0.0)
         end = tl.load(ends + (row * states + n)[:, None] * channels + channel[None, :], mask=mask, other=0.0)
         decay, end = tl.associative_scan((tl.exp2(dt_sum * rates[None, :]), end), 0, _compose)
         after = decay * value[None, :] + end
