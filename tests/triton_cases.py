@@ -7,10 +7,14 @@ starts a process with TRITON_INTERPRET=1 and calls these functions there; on a m
 from __future__ import annotations
 
 import contextlib
+import math
 
+import numpy as np
 import torch
-from tolerances import assert_close
+from extremes import DECAYS, extreme_steps
+from tolerances import assert_close, assert_finite_where_it_fits
 
+from vssm import ops
 from vssm.ops.causal_conv1d import op as conv_op
 from vssm.ops.causal_conv1d import triton as conv
 from vssm.ops.causal_conv1d.reference import causal_conv1d_reference
@@ -18,20 +22,33 @@ from vssm.ops.cross_selective_scan import op as cross_op
 from vssm.ops.cross_selective_scan import triton as cross
 from vssm.ops.cross_selective_scan.portable import cross_selective_scan_forward
 from vssm.ops.cross_selective_scan.reference import cross_selective_scan_reference
+from vssm.ops.local_bidirectional_scan import op as local_op
+from vssm.ops.local_bidirectional_scan import triton as local_scan
+from vssm.ops.local_bidirectional_scan.chunks import windowed_chunk_length
+from vssm.ops.local_bidirectional_scan.portable import (
+    local_bidirectional_scan_backward,
+    local_bidirectional_scan_forward,
+)
+from vssm.ops.local_bidirectional_scan.reference import local_bidirectional_scan_reference
 from vssm.ops.selective_scan import op as scan_op
 from vssm.ops.selective_scan import triton as scan
 from vssm.ops.selective_scan.chunks import num_chunks
 from vssm.ops.selective_scan.reference import selective_scan_reference
+from vssm.ops.ssd import op as ssd_op
+from vssm.ops.ssd import triton as ssd
+from vssm.ops.ssd.portable import ssd_backward, ssd_forward
+from vssm.ops.ssd.reference import ssd_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCAN_NAMES = "u delta A B C D z delta_bias".split()
+SSD_NAMES = "x dt A B C D z dt_bias initial_states".split()
 CROSS_NAMES = "x dt_b_c dt_weight A order D delta_bias".split()
 
 
 def check_interpreter():
     """Raises what Triton's interpreter raises if it cannot run a loop, as with a NumPy newer than it knows."""
     scan.carry_kernel[(1,)](
-        *(torch.ones(1), torch.ones(1), torch.ones(1), None, torch.ones(1), 1, 1, 1),
+        *(torch.ones(1), torch.ones(1), torch.ones(1), None, torch.ones(1), 1, 1, 1, 1),
         **{"REVERSE": False, "CHANNELS": 1, "TILE": 2},
     )
 
@@ -101,15 +118,20 @@ def run_scan(inputs, gradients, softplus=True, cut=False):
     return {"out": out, "last_state": last_state, "chunk_states": chunk_states} | named
 
 
-def scan_definition(inputs, gradients, softplus=True):
-    """{name: tensor} of what the float64 definition gives."""
+def definition(reference, names, inputs, outputs, gradients, *settings):
+    """{name: tensor} of what the float64 definition of an op gives, outputs (named) and gradients of inputs (named)."""
     leaves = [None if x is None else x.detach().cpu().double().requires_grad_() for x in inputs]
-    out, last_state = selective_scan_reference(*leaves, softplus)
-    results = {"out": out, "last_state": last_state}
+    results = reference(*leaves, *settings)
+    results = dict(zip(outputs, (results,) if torch.is_tensor(results) else results, strict=True))
     loss = sum((x * g.cpu().double()).sum() for x, g in zip(results.values(), gradients, strict=True) if g is not None)
-    present = {name: x for name, x in zip(SCAN_NAMES, leaves, strict=True) if x is not None}
+    present = {name: x for name, x in zip(names, leaves, strict=True) if x is not None}
     grads = torch.autograd.grad(loss, list(present.values()))
     return results | {f"d{name}": g for name, g in zip(present, grads, strict=True)}
+
+
+def scan_definition(inputs, gradients, softplus=True):
+    """{name: tensor} of what the float64 definition gives."""
+    return definition(selective_scan_reference, SCAN_NAMES, inputs, ("out", "last_state"), gradients, softplus)
 
 
 def check_scan(shape, dtype=torch.float32, cut=False, absent=(), softplus=True, last_state_gradient=True):
@@ -167,22 +189,253 @@ def check_scan_leaves_float64_to_the_portable_form():
         assert_close(got[name], tensor, torch.float64, name)
 
 
-def check_carry(segments, reverse, first):
-    """The carry kernel with small tiles against a loop."""
-    batch, states, channels = 2, 3, 5
+def run_local_scan(inputs, grad_out, window, softplus=True, cut=False):
+    """{name: tensor} of the output, chunk states and gradients of the kernels."""
+    with _set(scan, FULL_WARPS=10**9 if cut else 0), _poisoned_memory():
+        out, chunk_states = local_scan.forward(*inputs, softplus, window)
+        results = local_scan.backward(grad_out, *inputs, chunk_states, softplus, window)
+    named = {f"d{name}": x for name, x in zip(SCAN_NAMES, results, strict=True)}
+    return {"out": out, "chunk_states": chunk_states} | named
+
+
+def check_local_scan(shape, window, dtype=torch.float32, cut=False, absent=(), softplus=True):
+    inputs, (grad_out, _) = scan_inputs(*shape, dtype=dtype, absent=absent)
+    if not softplus:
+        inputs[1] = inputs[1].abs()
+    got = run_local_scan(inputs, grad_out, window, softplus, cut)
+    settings = (softplus, window)
+    want = definition(local_bidirectional_scan_reference, SCAN_NAMES, inputs, ["out"], [grad_out], *settings)
+    wide = [None if x is None else x.cpu().double() for x in inputs]
+    want["chunk_states"] = local_bidirectional_scan_forward(*wide, *settings)[1]
+    for name, tensor in want.items():
+        assert_close(got[name], tensor, got[name].dtype, name)
+    for name, x in zip(SCAN_NAMES, inputs, strict=True):
+        assert got[f"d{name}"].shape == (0,) if x is None else got[f"d{name}"].dtype == x.dtype
+    assert got["out"].dtype == dtype
+
+
+def check_local_scan_repeats_bit_by_bit(cut):
+    inputs, (grad_out, _) = scan_inputs(1, 6, 33, 2, 1)
+    first, second = (run_local_scan(inputs, grad_out, 8, cut=cut) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def check_local_scan_with_one_step_a_window_is_the_scan():
+    inputs, (grad_out, _) = scan_inputs(1, 3, 21, 2, 1)
+    got, want = run_local_scan(inputs, grad_out, 1), run_scan(inputs, (grad_out, None))
+    for name, tensor in got.items():
+        assert torch.equal(tensor, want[name]), name
+
+
+def check_local_scan_of_an_empty_batch():
+    inputs, (grad_out, _) = scan_inputs(0, 6, 9, 4, 2)
+    got = run_local_scan(inputs, grad_out, 4)
+    assert got["out"].shape == (0, 6, 9) and got["dB"].shape == (0, 2, 4, 9)
+    for name in ("dA", "dD", "ddelta_bias"):
+        assert not got[name].any(), name
+
+
+def check_local_scan_leaves_other_windows_to_the_portable_form(window, dtype):
+    inputs, (grad_out, _) = scan_inputs(1, 2, 40, 2, 1)
+    inputs, grad_out = [x.to(dtype) for x in inputs], grad_out.to(dtype)
+    got = run_local_scan(inputs, grad_out, window)
+    out, chunk_states = local_bidirectional_scan_forward(*inputs, True, window)
+    assert torch.equal(got["out"], out) and torch.equal(got["chunk_states"], chunk_states)
+    want = local_bidirectional_scan_backward(grad_out, *inputs, chunk_states, True, window)
+    for name, tensor in zip(SCAN_NAMES, want, strict=True):
+        assert torch.equal(got[f"d{name}"], tensor), name
+    assert chunk_states.shape[2] == -(-40 // windowed_chunk_length(40, window))
+
+
+def check_local_scan_is_finite_for_extreme_steps_and_decays(dtype):
+    length = 48
+    inputs, (grad_out, _) = scan_inputs(1, len(DECAYS), length, 1, 1, dtype=dtype, absent=("delta_bias",))
+    inputs[1] = extreme_steps((1, len(DECAYS), length), 2, dtype).to(DEVICE)
+    inputs[2] = torch.tensor(DECAYS)[:, None].to(DEVICE)
+    wide = [x if x is None or x.dtype == torch.float32 else x.float() for x in inputs]
+    got = run_local_scan(inputs, grad_out, 16, softplus=False, cut=True)
+    for name, tensor in run_local_scan(wide, grad_out.float(), 16, softplus=False, cut=True).items():
+        assert_finite_where_it_fits(got[name], tensor, name)
+
+
+def ssd_inputs(batch, length, heads, width, groups, states, dtype=torch.float32, absent=(), wide_D=False):
+    """The nine inputs of Mamba-2's scan, None for absent ones, and the gradients of out and of the final states."""
     rng = torch.Generator().manual_seed(0)
-    A = -torch.rand(states, channels, generator=rng)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=rng)
+
+    inputs = {
+        "x": normal(batch, length, heads, width).to(dtype),
+        "dt": (normal(batch, length, heads) - 1).to(dtype),
+        "A": -torch.exp(normal(heads) / 2),
+        "B": normal(batch, length, groups, states).to(dtype),
+        "C": normal(batch, length, groups, states).to(dtype),
+        "D": normal(heads, width) if wide_D else normal(heads),
+        "z": normal(batch, length, heads, width).to(dtype),
+        "dt_bias": normal(heads) / 2,
+        "initial_states": normal(batch, heads, width, states),
+    }
+    gradients = [normal(*inputs[name].shape).mul(8).round().div(8) for name in ("x", "initial_states")]
+    inputs = [None if name in absent else inputs[name].to(DEVICE) for name in SSD_NAMES]
+    return inputs, [gradients[0].to(dtype).to(DEVICE), gradients[1].to(DEVICE)]
+
+
+def run_ssd(inputs, gradients, softplus=True, limits=(0.0, math.inf), programs=ssd.FULL_PROGRAMS):
+    """{name: tensor} of the outputs and gradients of the kernels, aiming at so many programs for those of B and C."""
+    settings = (softplus, *limits, 64)
+    with _set(ssd, FULL_PROGRAMS=programs), _poisoned_memory():
+        outputs = ssd.forward(*inputs, *settings)
+        results = ssd.backward(*gradients, *inputs, *settings)
+    named = {f"d{name}": x for name, x in zip(SSD_NAMES, results, strict=True)}
+    return dict(zip(("out", "final_states"), outputs, strict=True)) | named
+
+
+def _check_ssd(inputs, gradients, softplus=True, limits=(0.0, math.inf), **how):
+    got = run_ssd(inputs, gradients, softplus, limits, **how)
+    outputs = ("out", "final_states")
+    for name, tensor in definition(ssd_reference, SSD_NAMES, inputs, outputs, gradients, softplus, *limits).items():
+        assert_close(got[name], tensor, got[name].dtype, name)
+    for name, x in zip(SSD_NAMES, inputs, strict=True):
+        assert got[f"d{name}"].shape == (0,) if x is None else got[f"d{name}"].dtype == x.dtype
+    assert got["out"].dtype == inputs[0].dtype and got["final_states"].dtype == torch.float32
+    return got
+
+
+def check_ssd(shape, dtype=torch.float32, absent=(), softplus=True, wide_D=False, **how):
+    inputs, gradients = ssd_inputs(*shape, dtype=dtype, absent=absent, wide_D=wide_D)
+    if not softplus:
+        inputs[1] = inputs[1].abs()
+    _check_ssd(inputs, gradients, softplus, **how)
+
+
+def check_ssd_without_gradient_of_the_final_states():
+    inputs, gradients = ssd_inputs(1, 20, 2, 3, 1, 2)
+    _check_ssd(inputs, [gradients[0], None])
+
+
+def check_ssd_takes_wider_step_sizes(dtype):
+    inputs, gradients = ssd_inputs(1, 20, 2, 3, 1, 2, dtype=dtype)
+    inputs[1] = inputs[1].float()
+    _check_ssd(inputs, gradients)
+
+
+def check_ssd_limits_step_sizes():
+    inputs, gradients = ssd_inputs(1, 35, 2, 3, 1, 2)
+    inside = _check_ssd(inputs, gradients, limits=(0.2, 0.6))["ddt"] != 0
+    sizes = torch.nn.functional.softplus(inputs[1] + inputs[7])
+    assert torch.equal(inside, (sizes > 0.2) & (sizes < 0.6)) and inside.any() and not inside.all()
+
+
+def check_ssd_with_strong_decay_and_long_memory():
+    inputs, gradients = ssd_inputs(1, 150, 3, 2, 1, 2)
+    inputs[2] = torch.tensor([-80.0, -1e-4, -1.0], device=DEVICE)
+    _check_ssd(inputs, gradients)
+
+
+def check_ssd_after_huge_steps():
+    inputs, gradients = ssd_inputs(1, 64, 2, 3, 1, 2, absent=("dt_bias",))
+    huge = torch.arange(64, device=DEVICE)[:, None] % 9 == 3
+    inputs[1] = torch.where(huge, 5e4, 0.01).expand(1, 64, 2).contiguous()
+    inputs[2] = torch.tensor([-1.0, -20.0], device=DEVICE)
+    inputs[0] = torch.where(huge[..., None], 0.0, inputs[0])
+    _check_ssd(inputs, gradients, softplus=False)
+
+
+def check_ssd_is_finite_for_extreme_steps_and_decays(dtype):
+    inputs, gradients = ssd_inputs(1, 300, len(DECAYS), 2, 1, 2, dtype=dtype, absent=("dt_bias",))
+    inputs[1] = extreme_steps((1, 300, len(DECAYS)), 1, dtype).to(DEVICE)
+    inputs[2] = torch.tensor(DECAYS, device=DEVICE)
+    wide = [x if x is None else x.float() for x in inputs]
+    got = run_ssd(inputs, gradients, softplus=False)
+    for name, tensor in run_ssd(wide, [g.float() for g in gradients], softplus=False).items():
+        assert_finite_where_it_fits(got[name], tensor, name)
+
+
+def check_ssd_repeats_bit_by_bit():
+    inputs, gradients = ssd_inputs(2, 70, 2, 2, 1, 2)
+    first, second = (run_ssd(inputs, gradients) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def check_ssd_of_an_item_does_not_depend_on_its_batch():
+    inputs, gradients = ssd_inputs(2, 19, 2, 3, 1, 2)
+    per_item = [0, 1, 3, 4, 6, 8]
+    alone = run_ssd([x[1:] if i in per_item else x for i, x in enumerate(inputs)], [g[1:] for g in gradients])
+    together = run_ssd(inputs, gradients)
+    for name in ("out", "final_states", *(f"d{SSD_NAMES[i]}" for i in per_item)):
+        assert torch.equal(alone[name], together[name][1:]), name
+
+
+def check_ssd_of_an_empty_batch():
+    got = run_ssd(*ssd_inputs(0, 9, 4, 3, 2, 5))
+    assert got["out"].shape == (0, 9, 4, 3) and got["final_states"].shape == (0, 4, 3, 5)
+    assert got["dB"].shape == (0, 9, 2, 5)
+    for name in ("dA", "dD", "ddt_bias"):
+        assert not got[name].any(), name
+
+
+def check_ssd_leaves_other_dtypes_to_the_portable_form():
+    inputs, gradients = ssd_inputs(1, 9, 2, 3, 1, 2)
+    mixed = [*inputs[:3], inputs[3].bfloat16(), *inputs[4:]]
+    for changed, cotangents in (
+        ([x.double() for x in inputs], [g.double() for g in gradients]),
+        (mixed, gradients),
+    ):
+        got = run_ssd(changed, cotangents)
+        settings = (True, 0.0, math.inf, 64)
+        want = *ssd_forward(*changed, *settings), *ssd_backward(*cotangents, *changed, *settings)
+        for (name, tensor), portable in zip(got.items(), want, strict=True):
+            assert torch.equal(tensor, portable), name
+
+
+def _tf32(x):
+    """float32 rounded to the 11 significant bits of TF32."""
+    bits = x.astype(np.float32).view(np.uint32).astype(np.uint64)
+    return ((bits + 0xFFF + (bits >> 13 & 1)) & 0xFFFFE000).astype(np.uint32).view(np.float32)
+
+
+def check_ssd_with_products_rounded_as_matrix_units_round(dtype):
+    """The interpreter multiplies in float32 whatever precision a kernel asks for; here as NVIDIA's units then do."""
+    from triton.runtime import interpreter
+
+    asked = set()
+
+    def create_dot(self, a, b, accumulator, precision, max_num_imprecise_acc):
+        name = str(precision).rpartition(".")[2]
+        asked.add(name)
+        highs = [_tf32(x.data) for x in (a, b)]
+        product = highs[0] @ highs[1]
+        if name == "TF32x3":
+            lows = [_tf32(x.data - high) for x, high in zip((a, b), highs, strict=True)]
+            product += lows[0] @ highs[1] + highs[0] @ lows[1]
+        return interpreter.TensorHandle(product + accumulator.data, accumulator.dtype.scalar)
+
+    with _set(interpreter.InterpreterBuilder, create_dot=create_dot):
+        check_ssd((1, 40, 2, 16, 1, 16), dtype)
+    assert asked == ({"TF32x3"} if dtype == torch.float32 else {"TF32", "TF32x3"})
+
+
+def check_carry(segments, reverse, first, sharing=1):
+    """The carry kernel with small tiles against a loop."""
+    batch, states, columns = 2, 3, 5
+    channels = columns * sharing
+    rng = torch.Generator().manual_seed(0)
+    A = -torch.rand(states, columns, generator=rng)
     ends = torch.randn(batch, segments, states, channels, generator=rng)
-    dt_sums = torch.rand(batch, segments, channels, generator=rng)
+    dt_sums = torch.rand(batch, segments, columns, generator=rng)
     value = torch.randn(batch, states, channels, generator=rng) if first else torch.zeros(batch, states, channels)
     start, want = value, torch.empty_like(ends)
     for segment in reversed(range(segments)) if reverse else range(segments):
         want[:, segment] = value
-        value = torch.exp(A * dt_sums[:, segment, None]) * value + ends[:, segment]
+        decay = torch.exp(A * dt_sums[:, segment, None]).repeat_interleave(sharing, -1)
+        value = decay * value + ends[:, segment]
     got = torch.full_like(want, float("nan")).to(DEVICE)
     A, ends, dt_sums, start = (x.contiguous().to(DEVICE) for x in (A, ends, dt_sums, start))
-    scan.carry_kernel[(batch * states * 3,)](
-        *(A, ends, dt_sums, start if first else None, got, channels, states, segments),
+    scan.carry_kernel[(batch * states * -(-channels // 2),)](
+        *(A, ends, dt_sums, start if first else None, got, channels, sharing, states, segments),
         **{"REVERSE": reverse, "CHANNELS": 2, "TILE": 4, "num_warps": 1},
     )
     assert_close(got, want, torch.float32, "entering")
@@ -320,10 +573,15 @@ def check_cross_leaves_what_is_too_large_to_the_portable_form():
         assert torch.equal(y, portable[0]) and torch.equal(chunk_states, portable[1])
 
 
-def _check_op(module, kernels, arguments):
-    """The kernels in the place of those of the native library: what they return must suit the dispatcher."""
+def _register(module, kernels):
+    """The kernels in the place of those of the native library."""
     for op, kernel in ((module.forward_op, kernels.forward), (module.backward_op, kernels.backward)):
         op.register_kernel(DEVICE)(kernel)
+
+
+def _check_op(module, kernels, arguments):
+    """What the kernels return must suit the dispatcher."""
+    _register(module, kernels)
     leaves = [t.requires_grad_() if torch.is_tensor(t) and t.is_floating_point() else t for t in arguments]
     torch.library.opcheck(module.forward_op, leaves, test_utils=("test_schema", "test_autograd_registration"))
     results = module.forward_op(*leaves)
@@ -336,7 +594,34 @@ def check_the_dispatcher_takes_what_the_kernels_return(op):
     # One of everything: tensors of one number are contiguous however they were cut out of others.
     if op == "selective_scan":
         _check_op(scan_op, scan, (*scan_inputs(1, 1, 1, 1, 1)[0], True))
+    elif op == "local_bidirectional_scan":
+        _check_op(local_op, local_scan, (*scan_inputs(1, 1, 1, 1, 1)[0], True, 2))
+    elif op == "ssd":
+        _check_op(ssd_op, ssd, (*ssd_inputs(1, 1, 1, 1, 1, 1)[0], True, 0.0, math.inf, 64))
     elif op == "causal_conv1d":
         _check_op(conv_op, conv, (*conv_inputs(1, 1, 1, 1)[:3], True))
     else:
         _check_op(cross_op, cross, (*cross_inputs(1, 1, 1, 1, 1, 1, 1)[0], True))
+
+
+def check_non_contiguous_inputs_give_the_same_numbers(op):
+    """Through the public function, which runs the kernels."""
+    if op == "ssd":
+        _register(ssd_op, ssd)
+        inputs = dict(zip(SSD_NAMES, ssd_inputs(2, 20, 2, 3, 1, 2)[0], strict=True))
+        function, settings = ops.ssd, {"dt_softplus": True}
+    else:
+        _register(local_op, local_scan)
+        inputs = dict(zip(SCAN_NAMES, scan_inputs(1, 3, 10, 2, 1)[0], strict=True))
+        function, settings = ops.local_bidirectional_scan, {"delta_softplus": True, "window": 8}
+    changed = {name: torch.stack([x, x], dim=-1)[..., 0] for name, x in inputs.items()}
+    assert not any(x.is_contiguous() for x in changed.values())
+    results = []
+    for tensors in (inputs, changed):
+        leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
+        out = function(**leaves, **settings)
+        # The gradient of the output is not contiguous either.
+        gradients = torch.autograd.grad(out.transpose(-1, -2).square().sum(), list(leaves.values()))
+        results.append([out, *gradients])
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)

@@ -14,7 +14,7 @@ from conftest import require
 
 from vssm.ops import backends, gpu, selective_scan, use_portable
 
-OPS = ("selective_scan", "causal_conv1d", "cross_selective_scan")
+OPS = ("selective_scan", "causal_conv1d", "cross_selective_scan", "local_bidirectional_scan", "ssd")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -88,11 +88,160 @@ def test_float64_goes_to_the_portable_form(check):
     check("check_scan_leaves_float64_to_the_portable_form")
 
 
+@pytest.mark.parametrize("window", [2, 16])
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "segments"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_local_scan_agrees_with_the_definition_in_every_dtype(check, dtype, cut, window):
+    check("check_local_scan", (1, 4, 37, 3, 2), window, dtype, cut)
+
+
+@pytest.mark.parametrize(
+    "shape,window",  # batch, channels, length, states, groups
+    [
+        ((1, 4, 1, 2, 1), 16),
+        ((2, 3, 18, 16, 1), 4),
+        ((1, 40, 5, 1, 1), 8),
+        ((1, 2, 3, 20, 2), 4),
+        ((1, 1, 50, 65, 1), 16),
+        ((1, 6, 64, 4, 1), 1),
+    ],
+    ids=str,
+)
+def test_local_scan_agrees_with_the_definition_for_every_shape(check, shape, window):
+    check("check_local_scan", shape, window)
+
+
+@pytest.mark.parametrize("softplus", [True, False])
+@pytest.mark.parametrize("absent", [("D",), ("z",), ("delta_bias",), ("D", "z", "delta_bias")], ids="-".join)
+def test_optional_inputs_of_the_local_scan_can_be_left_out(check, absent, softplus):
+    check("check_local_scan", (1, 2, 10, 2, 1), 8, absent=absent, softplus=softplus)
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "segments"])
+def test_the_local_scan_gives_the_same_bits_every_time(check, cut):
+    check("check_local_scan_repeats_bit_by_bit", cut)
+
+
+def test_a_window_of_one_step_makes_the_local_scan_the_selective_scan(check):
+    check("check_local_scan_with_one_step_a_window_is_the_scan")
+
+
+def test_the_local_scan_of_an_empty_batch_has_zero_gradients(check):
+    check("check_local_scan_of_an_empty_batch")
+
+
+@pytest.mark.parametrize("window,dtype", [(6, torch.float32), (32, torch.float32), (8, torch.float64)], ids=str)
+def test_other_windows_and_float64_go_to_the_portable_form(check, window, dtype):
+    check("check_local_scan_leaves_other_windows_to_the_portable_form", window, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_the_local_scan_is_finite_for_extreme_steps_and_decays(check, dtype):
+    check("check_local_scan_is_finite_for_extreme_steps_and_decays", dtype)
+
+
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("segments", [1, 4, 11])
 def test_the_carry_over_segments_agrees_with_a_loop(check, segments, reverse, first):
     check("check_carry", segments, reverse, first)
+
+
+def test_neighbouring_channels_may_share_their_decay(check):
+    check("check_carry", 5, False, True, sharing=3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mamba_2_agrees_with_the_definition_in_every_dtype(check, dtype):
+    check("check_ssd", (1, 37, 4, 5, 2, 3), dtype)
+
+
+@pytest.mark.parametrize(
+    "shape",  # batch, length, heads, channels of a head, groups, states
+    [
+        (1, 1, 4, 2, 1, 2),
+        (3, 2, 1, 1, 1, 1),
+        (1, 70, 3, 2, 3, 4),
+        (2, 130, 2, 3, 1, 2),
+        (1, 17, 1, 66, 1, 3),
+        (1, 5, 2, 2, 1, 35),
+    ],
+    ids=str,
+)
+def test_mamba_2_agrees_with_the_definition_for_every_shape(check, shape):
+    check("check_ssd", shape)
+
+
+@pytest.mark.parametrize("programs", [1, 2])
+def test_heads_of_a_group_may_share_a_program(check, programs):
+    check("check_ssd", (1, 20, 3, 3, 1, 2), programs=programs)
+
+
+@pytest.mark.parametrize("softplus", [True, False])
+@pytest.mark.parametrize(
+    "absent",
+    [("D",), ("z",), ("dt_bias",), ("initial_states",), ("D", "z", "dt_bias", "initial_states")],
+    ids="-".join,
+)
+def test_optional_inputs_of_mamba_2_can_be_left_out(check, absent, softplus):
+    check("check_ssd", (1, 19, 2, 3, 1, 2), absent=absent, softplus=softplus)
+
+
+def test_skip_weights_of_mamba_2_can_be_one_per_channel(check):
+    check("check_ssd", (1, 19, 2, 3, 1, 2), wide_D=True)
+
+
+def test_the_final_states_need_no_gradient(check):
+    check("check_ssd_without_gradient_of_the_final_states")
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_step_sizes_of_mamba_2_can_be_wider_than_the_sequences(check, dtype):
+    check("check_ssd_takes_wider_step_sizes", dtype)
+
+
+def test_limits_cut_step_sizes_and_their_gradients(check):
+    check("check_ssd_limits_step_sizes")
+
+
+def test_strong_decay_and_long_memory_stay_exact(check):
+    check("check_ssd_with_strong_decay_and_long_memory")
+
+
+def test_short_memory_after_a_huge_step_stays_exact(check):
+    check("check_ssd_after_huge_steps")
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_mamba_2_is_finite_for_extreme_steps_and_decays(check, dtype):
+    check("check_ssd_is_finite_for_extreme_steps_and_decays", dtype)
+
+
+def test_mamba_2_gives_the_same_bits_every_time(check):
+    check("check_ssd_repeats_bit_by_bit")
+
+
+def test_an_item_of_mamba_2_does_not_depend_on_its_batch(check):
+    check("check_ssd_of_an_item_does_not_depend_on_its_batch")
+
+
+def test_mamba_2_of_an_empty_batch_has_zero_gradients(check):
+    check("check_ssd_of_an_empty_batch")
+
+
+def test_float64_and_mixed_dtypes_of_mamba_2_go_to_the_portable_form(check):
+    check("check_ssd_leaves_other_dtypes_to_the_portable_form")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU rounds by itself")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_of_mamba_2_are_exact_enough_on_matrix_units(check, dtype):
+    check("check_ssd_with_products_rounded_as_matrix_units_round", dtype)
+
+
+@pytest.mark.parametrize("op", ["local_bidirectional_scan", "ssd"])
+def test_non_contiguous_inputs_give_the_same_numbers(check, op):
+    check("check_non_contiguous_inputs_give_the_same_numbers", op)
 
 
 @pytest.mark.parametrize("silu", [True, False])

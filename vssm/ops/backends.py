@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -74,20 +75,15 @@ def _ops() -> dict[str, tuple]:
 
 # Ops that are nothing but matrix products: no device has a kernel of ours for them.
 _MATRIX_PRODUCTS = ("nc_ssd",)
-# The ops that have Triton kernels.
-_TRITON = ("selective_scan", "causal_conv1d", "cross_selective_scan")
 
 
 def _registered() -> Iterator[tuple]:
-    if native.library is not None:
-        for name, ops in _ops().items():
-            if name not in _MATRIX_PRODUCTS:
-                for op in ops:
-                    yield op, "cpu"
+    devices = [] if native.library is None else ["cpu"]
     if not gpu.reason:
-        for name in _TRITON:
-            for op in _ops()[name]:
-                yield op, "cuda"
+        devices.append("cuda")
+    for name, ops in _ops().items():
+        if name not in _MATRIX_PRODUCTS:
+            yield from itertools.product(ops, devices)
 
 
 def status() -> list[Backend]:
@@ -103,7 +99,7 @@ def status() -> list[Backend]:
                 kernel, reason = "", "matrix products: PyTorch's own are the kernel"
             elif device == "cpu":
                 kernel, reason = "native", native.reason
-            elif device == "cuda" and name in _TRITON:
+            elif device == "cuda":
                 kernel, reason = "triton", gpu.reason
             else:
                 kernel, reason = "", f"this version has no {device} kernel for this op"

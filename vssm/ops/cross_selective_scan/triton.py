@@ -43,12 +43,12 @@ class _Call:
         self.own = x.ndim == 4 or self.routes == 1
         together = not self.own and self.batch * self.blocks * warps >= TOGETHER_WARPS
         self.walkers = 1 if together else self.routes
+        self.chunk = chunk_length(self.length)
         self.segment_steps, self.segments = self.length, 1
         if not together:
             walks = self.batch * self.blocks * self.walkers
-            self.segment_steps, self.segments = segments_of(self.length, walks * warps)
+            self.segment_steps, self.segments = segments_of(self.length, self.chunk, walks * warps)
         self.programs = self.batch * self.blocks * self.walkers * self.segments
-        self.chunk = chunk_length(self.length)
         self.A = A.permute(2, 0, 1).reshape(self.states, -1).contiguous()
         self.weight = dt_weight.permute(2, 0, 1).reshape(self.rank, -1).float().contiguous()
         self.numbers = self.rank + 2 * self.states

@@ -1,5 +1,7 @@
 """The selective scan on Triton kernels; `op.py` registers it for CUDA and ROCm tensors where Triton is installed.
 
+The locally bi-directional scan runs the same kernels with a WINDOW of more than one step.
+
 Letters: B batch, D channels, L steps, N states, G groups of B and C, S segments of the sequence.
 """
 
@@ -10,7 +12,7 @@ import triton
 
 from ..tiles import DTYPES, on_device, unit_of
 from . import portable
-from .chunks import chunk_length, num_chunks
+from .chunks import chunk_length
 from .triton_backward import backward_kernel, segment_messages_kernel
 from .triton_forward import carry_kernel, scan_kernel, segment_ends_kernel
 
@@ -28,34 +30,40 @@ def warps_of(states: int) -> int:
     return triton.cdiv(triton.next_power_of_2(states), WARP_STATES)
 
 
-def backward_steps(states: int) -> int:
+def backward_steps(states: int, window: int = 1) -> int:
     """Steps of a piece of the backward walk, of which a thread holds all states and shared memory their products."""
-    return 4 if states <= 16 else 2 if states <= 64 else 1
+    # A window doubles what a thread holds of a step.
+    held = states if window == 1 else 2 * states
+    return 4 if held <= 16 else 2 if held <= 64 else 1
 
 
-def segments_of(length: int, warps: int) -> tuple[int, int]:
+def segments_of(length: int, chunk: int, warps: int) -> tuple[int, int]:
     """Steps of a segment, whole chunks, and segments of a sequence: one where `warps` without cutting are enough."""
-    chunks, segments = num_chunks(length), 1
+    chunks, segments = triton.cdiv(length, chunk), 1
     if warps < FULL_WARPS and chunks > 2:
         segments = min(chunks, triton.cdiv(CUT_WARPS, max(1, warps)))
     segment_chunks = triton.cdiv(chunks, segments)
-    return segment_chunks * chunk_length(length), triton.cdiv(chunks, segment_chunks)
+    return segment_chunks * chunk, triton.cdiv(chunks, segment_chunks)
 
 
 def carry(A, ends, dt_sums, first, reverse: bool) -> torch.Tensor:
-    """What enters each segment, like `ends` (B, S, N, D), the first from `first` (B, N, D) or zero; A is (N, D)."""
+    """What enters each segment, like `ends` (B, S, N, D), the first from `first` (B, N, D) or zero.
+
+    A is (N, D) and `dt_sums` (B, S, D), both with fewer columns if so many neighbouring channels share one.
+    """
     batch, segments, states, channels = ends.shape
     result = torch.empty_like(ends)
-    # Tiles of 1,024 numbers, a sector of memory wide.
-    width, tile = 8, 128
+    # Tiles of up to 1,024 numbers, at least a sector of memory wide where there are so many channels.
+    tile = min(128, triton.next_power_of_2(segments))
+    width = min(1024 // tile, triton.next_power_of_2(channels))
     carry_kernel[(batch * states * triton.cdiv(channels, width),)](
-        *(A, ends, dt_sums, first, result, channels, states, segments),
+        *(A, ends, dt_sums, first, result, channels, channels // A.shape[1], states, segments),
         **{"REVERSE": reverse, "CHANNELS": width, "TILE": tile, "num_warps": 4, "enable_fp_fusion": True},
     )
     return result
 
 
-def _takes(u, delta, A, B, C, D, z, delta_bias) -> bool:
+def takes(u, delta, A, B, C, D, z, delta_bias) -> bool:
     """The kernels take one dtype of at most 32 bits for the sequences, float32 parameters and at most 256 states."""
     sequences = {x.dtype for x in (u, delta, B, C, z) if x is not None}
     parameters = {x.dtype for x in (A, D, delta_bias) if x is not None}
@@ -65,20 +73,22 @@ def _takes(u, delta, A, B, C, D, z, delta_bias) -> bool:
 class _Call:
     """How a call is cut into programs, each for `lanes` channels of one group and one segment, and what they share."""
 
-    def __init__(self, u, A, B, softplus: bool):
+    def __init__(self, u, A, B, softplus: bool, chunk: int, window: int):
         self.batch, self.channels, self.length = u.shape
         self.groups, self.states = B.shape[1], A.shape[1]
         group_channels = self.channels // self.groups
         self.lanes = min(32, triton.next_power_of_2(group_channels))
         self.blocks = triton.cdiv(group_channels, self.lanes)
         sequences, warps = self.batch * self.groups * self.blocks, warps_of(self.states)
-        self.segment_steps, self.segments = segments_of(self.length, sequences * warps)
+        self.segment_steps, self.segments = segments_of(self.length, chunk, sequences * warps)
         self.programs = sequences * self.segments
-        self.chunk = chunk_length(self.length)
         self.A = A.t().contiguous()
         # Sixteen bytes of a channel a load, which one thread can hold as they are.
         self.steps = 16 // u.element_size()
         self.padded_states = triton.next_power_of_2(self.states)
+        if window > 1 and self.padded_states > 8:
+            # A thread has no registers to walk eight steps of so many states both ways.
+            self.steps = 4
         unit = unit_of(self.length)
         self.sizes = {
             "channels": self.channels,
@@ -112,22 +122,29 @@ class _Call:
 def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
     """`vssm::selective_scan_forward`: out (B, D, L), last state (B, D, N), chunk states (B, D, chunks, N)."""
     inputs = (u, delta, A, B, C, D, z, delta_bias)
-    if not _takes(*inputs):
+    if not takes(*inputs):
         return portable.selective_scan_forward(*inputs, delta_softplus)
+    return scan(*inputs, delta_softplus, chunk_length(u.shape[2]))
+
+
+def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, chunk: int, window: int = 1):
+    """`forward` for what the kernels take, in chunks of whole windows; of one step, a window changes nothing."""
     batch, channels, length = u.shape
     out, last_state = torch.empty_like(u), A.new_empty((batch, channels, A.shape[1]))
-    chunk_states = A.new_empty((batch, channels, num_chunks(length), A.shape[1]))
+    chunk_states = A.new_empty((batch, channels, triton.cdiv(length, chunk), A.shape[1]))
     if batch > 0:
-        call = _Call(u, A, B, delta_softplus)
+        call = _Call(u, A, B, delta_softplus, chunk, window)
+        seen_ahead = call.empty(call.programs, call.lanes, window) if window > call.steps else None
         with on_device(u):
             starts = None
             if call.segments > 1:
                 starts = call.entering(segment_ends_kernel, (u, delta, call.A, B, delta_bias), None, reverse=False)
             scan_kernel[(call.programs,)](
-                *(u, delta, call.A, B, C, D, z, delta_bias, starts, out, last_state, chunk_states),
+                *(u, delta, call.A, B, C, D, z, delta_bias, starts, seen_ahead, out, last_state, chunk_states),
                 **call.sizes,
-                chunk=call.chunk,
+                chunk=chunk,
                 STEPS=call.steps,
+                WINDOW=window,
             )
     return out, last_state, chunk_states
 
@@ -135,20 +152,29 @@ def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
 def backward(grad_out, grad_last_state, u, delta, A, B, C, D, z, delta_bias, chunk_states, delta_softplus):
     """`vssm::selective_scan_backward`: gradients in the order of the inputs, empty for absent ones."""
     inputs = (u, delta, A, B, C, D, z, delta_bias)
-    if not _takes(*inputs):
+    if not takes(*inputs):
         return portable.selective_scan_backward(grad_out, grad_last_state, *inputs, chunk_states, delta_softplus)
+    return scan_gradients(grad_out, grad_last_state, inputs, chunk_states, delta_softplus, chunk_length(u.shape[2]))
+
+
+def scan_gradients(
+    grad_out, grad_last_state, inputs, chunk_states, delta_softplus, chunk: int, window: int = 1
+) -> tuple[torch.Tensor, ...]:
+    """`backward` for what the kernels take; `chunk` and `window` as for `scan`."""
+    u, delta, A, B, C, D, z, delta_bias = inputs
     if u.shape[0] == 0:
         return _or_empty([None if x is None else torch.zeros_like(x) for x in inputs], inputs)
     du, ddelta, dz = torch.empty_like(u), torch.empty_like(delta), None if z is None else torch.empty_like(z)
-    call = _Call(u, A, B, delta_softplus)
+    call = _Call(u, A, B, delta_softplus, chunk, window)
     states = call.padded_states
-    steps = backward_steps(states)
+    steps = backward_steps(states, window)
     # (B, S, N, D) with one segment.
     messages = None if grad_last_state is None else grad_last_state.transpose(1, 2).contiguous()
     dA_sums, channel_sums = call.empty_per_segment(), call.empty(2, call.batch, call.segments, call.channels)
     padded_length = triton.cdiv(call.length, steps) * steps
     group_sums = call.empty(call.batch, call.groups, call.blocks, padded_length, 2, states)
-    scratch = call.empty(call.programs, call.chunk // steps, states, call.lanes)
+    # States, and what passes them on within windows longer than a piece.
+    scratch = call.empty(call.programs, 2 if window > steps else 1, chunk // steps, states, call.lanes)
     with on_device(u):
         if call.segments > 1:
             needed = (grad_out, delta, call.A, C, z, delta_bias)
@@ -157,8 +183,9 @@ def backward(grad_out, grad_last_state, u, delta, A, B, C, D, z, delta_bias, chu
             *(grad_out, messages, u, delta, call.A, B, C, D, z, delta_bias, chunk_states, scratch),
             *(du, ddelta, dz, channel_sums, dA_sums, group_sums),
             **call.sizes,
-            chunk=call.chunk,
+            chunk=chunk,
             STEPS=steps,
+            WINDOW=window,
         )
     dA = dA_sums.sum((0, 1)).t().contiguous()
     dD, dbias = (sums.sum((0, 1)) for sums in channel_sums)

@@ -5,6 +5,10 @@ which leaves the states before every piece of STEPS steps in a scratch buffer of
 backward, the states within a piece being recomputed into registers. With the adjoint lambda[t] = C[t] * g[t] +
 message[t], message[t-1] = a[t] * lambda[t] and a[t] * h[t-1] times the adjoint is message[t-1] * h[t-1].
 
+With a WINDOW the walk backward also recomputes what each step sees of those after it, r[t] = a[t] * s[t+1], and the
+walk forward the adjoint of s, mu[t+1] = a[t] * (C[t] * g[t] + mu[t]) within a window: x[t] then gets lambda[t] + mu[t],
+C[t] meets h[t] + r[t], and dt[t] * A gets (C[t] * g[t] + mu[t]) * r[t] as well.
+
 The gradients of B and C are sums over the channels of a group: a program adds its lanes up and writes partial sums, to
 be added in a fixed order, so that results do not change from run to run.
 
@@ -68,6 +72,7 @@ def backward_kernel(
     LANES: tl.constexpr,
     STEPS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):
     """Gradients of u, delta and z, and partial sums of the others.
 
@@ -96,8 +101,12 @@ def backward_kernel(
     group_sum = group_sums + (batch * all_blocks + block) * tl.cdiv(length, STEPS) * STEPS * 2 * STATES + sums
     # Which makes them the lanes from 0, of unknown alignment like the channels, for the layout of the states.
     lane = channel - group * group_channels - block % blocks * LANES
-    checkpoint = scratch + tl.program_id(0).to(tl.int64) * (chunk // STEPS) * STATES * LANES
-    checkpoint += n[:, None] * LANES + lane[None, :]
+    checkpoint = scratch + n[:, None] * LANES + lane[None, :]
+    if WINDOW > STEPS:
+        checkpoint += tl.program_id(0).to(tl.int64) * 2 * (chunk // STEPS) * STATES * LANES
+        mu_checkpoint = checkpoint + (chunk // STEPS) * STATES * LANES
+    else:
+        checkpoint += tl.program_id(0).to(tl.int64) * (chunk // STEPS) * STATES * LANES
 
     rates = load_decay_rates(A, channel, n, channels, state_mask)
     bias = None
@@ -111,6 +120,9 @@ def backward_kernel(
     dA_sum = tl.zeros([STATES, LANES], tl.float32)
     dD_sum = tl.zeros([LANES], tl.float32)
     bias_sum = tl.zeros([LANES], tl.float32)
+    if WINDOW > 1:
+        nothing = tl.zeros([STATES, LANES], tl.float32)
+        ahead = nothing
 
     chunk_start = start + (tl.cdiv(stop - start, chunk) - 1) * chunk
     while chunk_start >= start:
@@ -119,6 +131,8 @@ def backward_kernel(
         tl.store(checkpoint, tl.load(chunk_state + chunk_start // chunk * states, mask=state_mask, other=0.0))
         tl.debug_barrier()
         h = tl.load(checkpoint)
+        if WINDOW > STEPS:
+            mu = nothing
         for piece in range(1, pieces):
             t0 = chunk_start + (piece - 1) * STEPS
             mask = real[:, None] & (t0 + t < stop)[None, :]
@@ -127,9 +141,18 @@ def backward_kernel(
             drive = columns(dt_tile * load_float(u, steps + t0, mask), LANES, STEPS)
             input_weights = columns(load_float(B, group_steps + t0, group_mask), STATES, STEPS)
             dt = columns(dt_tile, LANES, STEPS)
+            if WINDOW > STEPS:
+                g = columns(load_output_gradient(grad_out, z, steps + t0, mask), LANES, STEPS)
+                output_weights = columns(load_float(C, group_steps + t0, group_mask), STATES, STEPS)
+                mu = tl.where(t0 % WINDOW == 0, 0.0, mu)
             for i in tl.static_range(STEPS):
-                h = h * tl.exp2(dt[i][None, :] * rates) + drive[i][None, :] * input_weights[i][:, None]
+                decay = tl.exp2(dt[i][None, :] * rates)
+                h = h * decay + drive[i][None, :] * input_weights[i][:, None]
+                if WINDOW > STEPS:
+                    mu = (mu + g[i][None, :] * output_weights[i][:, None]) * decay
             tl.store(checkpoint + piece * STATES * LANES, h)
+            if WINDOW > STEPS:
+                tl.store(mu_checkpoint + piece * STATES * LANES, mu)
         # What one thread stored another may load.
         tl.debug_barrier()
 
@@ -153,20 +176,44 @@ def backward_kernel(
                 decay = tl.exp2(dt[i][None, :] * rates)
                 states_at = states_at + (states_at[i] * decay + drive[i][None, :] * input_weights[i][:, None],)
 
+            if WINDOW > 1:
+                ahead = tl.where((t0 + STEPS) % WINDOW == 0, 0.0, ahead)
+                mu_at = (nothing,)
+                if WINDOW > STEPS:
+                    # The first pieces of windows have stored nothing of use.
+                    mu_at = (tl.where(t0 % WINDOW == 0, 0.0, tl.load(mu_checkpoint + piece * STATES * LANES)),)
+                for i in tl.static_range(STEPS - 1):
+                    if (i + 1) % WINDOW == 0:
+                        mu_at = mu_at + (nothing,)
+                    else:
+                        decay = tl.exp2(dt[i][None, :] * rates)
+                        mu_at = mu_at + ((mu_at[i] + g[i][None, :] * output_weights[i][:, None]) * decay,)
+
             y = ()
             from_input = ()
             from_decay = ()
             addends = ()
             for i in tl.static_range(STEPS - 1, -1, -1):
-                adjoint = message + g[i][None, :] * output_weights[i][:, None]
-                message = adjoint * tl.exp2(dt[i][None, :] * rates)
+                direct = g[i][None, :] * output_weights[i][:, None]
+                decay = tl.exp2(dt[i][None, :] * rates)
+                adjoint = message + direct
+                message = adjoint * decay
                 carried = message * states_at[i]
+                state = states_at[i + 1]
+                if WINDOW > 1:
+                    if (i + 1) % WINDOW == 0:
+                        ahead = nothing
+                    r = ahead * decay
+                    ahead = r + drive[i][None, :] * input_weights[i][:, None]
+                    adjoint += mu_at[i]
+                    carried += (mu_at[i] + direct) * r
+                    state += r
                 dA_sum += carried * dt[i][None, :]
                 from_input = (tl.sum(adjoint * input_weights[i][:, None], axis=0),) + from_input
                 from_decay = (tl.sum(carried * rates, axis=0),) + from_decay
                 if z is not None:
-                    y = (tl.sum(states_at[i + 1] * output_weights[i][:, None], axis=0),) + y
-                addends = (adjoint * drive[i][None, :], states_at[i + 1] * g[i][None, :]) + addends
+                    y = (tl.sum(state * output_weights[i][:, None], axis=0),) + y
+                addends = (adjoint * drive[i][None, :], state * g[i][None, :]) + addends
             addend_tile = stack(addends, STATES, LANES, 2 * STEPS)
             tl.store(group_sum + t0 * 2 * STATES, sum_over_lanes(addend_tile, 2 * STEPS * STATES, LANES))
 

@@ -7,6 +7,10 @@ step and state with N = 16, 40 per step with N = 1) an H200 is bound by the expo
 below. Scanning over time across lanes would coalesce the loads of the (B, D, L) layout, but compiles to twice as many.
 The price here is that a load touches a line per channel, of which the next pieces find the rest in the L1 cache.
 
+With a WINDOW, a power of two, the scan is the locally bi-directional one: a step also sees the steps after it in its
+window, for which a window is walked back before it is walked forward. A piece may hold several windows. A window of
+several pieces leaves what their steps see in a small buffer of the program.
+
 Letters: B batch, D channels, L steps, N states, G groups of B and C, S segments of the sequence.
 """
 
@@ -63,6 +67,22 @@ def step_sizes(delta, bias, mask, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
+def look_ahead(ahead, dt, drive, B, C, rates, LANES: tl.constexpr, STEPS: tl.constexpr, WINDOW: tl.constexpr):
+    """What the steps of a piece see of those after them, a tile (LANES, STEPS), and `ahead` for the piece before.
+
+    `ahead` is s[t] = a[t] * s[t+1] + x[t] of the step after the piece, of which a step sees r[t] = a[t] * s[t+1].
+    """
+    seen = ()
+    for i in tl.static_range(STEPS - 1, -1, -1):
+        if (i + 1) % WINDOW == 0:
+            ahead = tl.zeros_like(ahead)
+        r = ahead * tl.exp2(dt[i][None, :] * rates)
+        seen = (tl.sum(r * C[i][:, None], axis=0),) + seen
+        ahead = r + drive[i][None, :] * B[i][:, None]
+    return tile_of(seen, LANES, STEPS), ahead
+
+
+@triton.jit
 def scan_kernel(
     u,
     delta,
@@ -73,6 +93,7 @@ def scan_kernel(
     z,
     delta_bias,
     starts,
+    seen_ahead,
     out,
     last_state,
     chunk_states,
@@ -89,8 +110,12 @@ def scan_kernel(
     LANES: tl.constexpr,
     STEPS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):
-    """out, chunk states and last state, from `starts` (B, S, N, D), the states each segment starts from, or zero."""
+    """out, chunk states and last state, from `starts` (B, S, N, D), the states each segment starts from, or zero.
+
+    `seen_ahead` (programs, LANES, WINDOW) is the buffer of a WINDOW longer than STEPS, else None.
+    """
     length = units * UNIT
     batch, segment, group, channel, real = place(channels, group_channels, blocks, segments, LANES)
     n = tl.arange(0, STATES)
@@ -115,6 +140,10 @@ def scan_kernel(
         start_row = (batch * segments + segment) * states + n
         h = tl.load(starts + start_row[:, None] * channels + channel[None, :], mask=state_mask, other=0.0)
 
+    if WINDOW > STEPS:
+        lane = tl.arange(0, LANES)
+        seen_by_step = seen_ahead + (tl.program_id(0).to(tl.int64) * LANES + lane)[:, None] * WINDOW + t[None, :]
+
     # The loads of a piece are issued a piece ahead, to arrive while the one before is worked on.
     mask = real[:, None] & (start + t < stop)[None, :]
     u_next = tl.load(u + steps + start, mask=mask, other=0.0)
@@ -122,6 +151,31 @@ def scan_kernel(
     for t0 in range(start, stop, STEPS):
         if t0 % chunk == 0:
             tl.store(chunk_state + t0 // chunk * states, h, mask=state_mask)
+        if WINDOW > STEPS:
+            if t0 % WINDOW == 0:
+                # What one thread stored another may load.
+                tl.debug_barrier()
+                ahead = tl.zeros([STATES, LANES], tl.float32)
+                for backward_piece in range(0, WINDOW // STEPS):
+                    offset = WINDOW - (backward_piece + 1) * STEPS
+                    later = real[:, None] & (t0 + offset + t < stop)[None, :]
+                    group_later = (n < states)[:, None] & (t0 + offset + t < stop)[None, :]
+                    dt_tile = step_sizes(
+                        tl.load(delta + steps + t0 + offset, mask=later, other=0.0), bias, later, SOFTPLUS
+                    )
+                    seen, ahead = look_ahead(
+                        ahead,
+                        columns(dt_tile, LANES, STEPS),
+                        columns(dt_tile * load_float(u, steps + t0 + offset, later), LANES, STEPS),
+                        columns(load_float(B, group_steps + t0 + offset, group_later), STATES, STEPS),
+                        columns(load_float(C, group_steps + t0 + offset, group_later), STATES, STEPS),
+                        rates,
+                        LANES,
+                        STEPS,
+                        WINDOW,
+                    )
+                    tl.store(seen_by_step + offset, seen)
+                tl.debug_barrier()
         u_tile = u_next.to(tl.float32)
         dt_tile = step_sizes(delta_next, bias, mask, SOFTPLUS)
         now = mask
@@ -139,6 +193,12 @@ def scan_kernel(
             h = h * tl.exp2(dt[i][None, :] * rates) + drive[i][None, :] * input_weights[i][:, None]
             y = y + (tl.sum(h * output_weights[i][:, None], axis=0),)
         y_tile = tile_of(y, LANES, STEPS)
+        if WINDOW > STEPS:
+            y_tile += tl.load(seen_by_step + t0 % WINDOW)
+        elif WINDOW > 1:
+            nothing = tl.zeros([STATES, LANES], tl.float32)
+            seen, _ = look_ahead(nothing, dt, drive, input_weights, output_weights, rates, LANES, STEPS, WINDOW)
+            y_tile += seen
         if D is not None:
             y_tile += skip * u_tile
         if z is not None:
@@ -218,6 +278,7 @@ def carry_kernel(
     first,
     entering,
     channels,
+    sharing,
     states,
     segments,
     REVERSE: tl.constexpr,
@@ -226,8 +287,9 @@ def carry_kernel(
 ):
     """What enters each segment when value <- exp(A * sum of dt) * value + end runs over them, from `first` or zero.
 
-    `ends` and `entering` are (B, S, N, D), `dt_sums` (B, S, D), `first` (B, N, D). With REVERSE the last segment comes
-    first. A program takes CHANNELS channels of one state; so few steps are scanned across lanes.
+    `ends` and `entering` are (B, S, N, D), `dt_sums` (B, S, D), `first` (B, N, D), A (N, D), but `sharing` neighbouring
+    channels share their dt and A. With REVERSE the last segment comes first. A program takes CHANNELS channels of one
+    state; so few steps are scanned across lanes.
     """
     blocks = tl.cdiv(channels, CHANNELS)
     channel = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
@@ -235,7 +297,7 @@ def carry_kernel(
     batch = (tl.program_id(0) // blocks // states).to(tl.int64)
     real = channel < channels
     index = tl.arange(0, TILE)
-    rates = tl.load(A + n * channels + channel, mask=real, other=0.0) * LOG2_E
+    rates = tl.load(A + n * (channels // sharing) + channel // sharing, mask=real, other=0.0) * LOG2_E
     value = tl.zeros([CHANNELS], tl.float32)
     if first is not None:
         value = tl.load(first + (batch * states + n) * channels + channel, mask=real, other=0.0)
@@ -248,7 +310,8 @@ def carry_kernel(
             segment = segments - 1 - order
         mask = (order < segments)[:, None] & real[None, :]
         row = batch * segments + segment
-        dt_sum = tl.load(dt_sums + row[:, None] * channels + channel[None, :], mask=mask, other=0.0)
+        dt_place = row[:, None] * (channels // sharing) + channel[None, :] // sharing
+        dt_sum = tl.load(dt_sums + dt_place, mask=mask, other=0.0)
         end = tl.load(ends + (row * states + n)[:, None] * channels + channel[None, :], mask=mask, other=0.0)
         decay, end = tl.associative_scan((tl.exp2(dt_sum * rates[None, :]), end), 0, _compose)
         after = decay * value[None, :] + end

@@ -44,9 +44,10 @@ def ssd(
     float64 inputs); only the inputs are kept for the backward pass. Under autocast everything is computed and returned
     in float32. Differentiable once, in every tensor argument.
 
-    The portable form is matrix products over chunks. The native CPU kernels run the recurrence: on one core with
-    AVX-512 they took 0.15 to 0.3 of the portable time for 16 states, 0.4 (forward) and 0.7 (backward) for 64, 0.55 and
-    1 for 128, which is why the backward pass of more than 64 states is left to the matrix products.
+    The portable form and the Triton kernels are matrix products over chunks, in the kernels of at most 64 steps. The
+    native CPU kernels run the recurrence: on one core with AVX-512 they took 0.15 to 0.3 of the portable time for 16
+    states, 0.4 (forward) and 0.7 (backward) for 64, 0.55 and 1 for 128, which is why the backward pass of more than 64
+    states is left to the matrix products.
 
     Args:
         x: input (batch, length, heads, channels of a head); float32, bfloat16, float16 or float64. At least one step,

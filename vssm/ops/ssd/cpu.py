@@ -33,11 +33,6 @@ def _by_head(dt, A, dt_bias, settings):
     return sizes, (sizes * A[:, None]).exp()
 
 
-def _skip(D, x):
-    """D as (H, P)."""
-    return D if D is None or D.ndim == 2 else D[:, None].expand(x.shape[2:]).contiguous()
-
-
 def _sizes(x, B) -> tuple[int, ...]:
     return *x.shape, *B.shape[2:], torch.get_num_threads()
 
@@ -48,7 +43,7 @@ def forward(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_min, 
     if not _takes(native.MAX_STATES, *inputs):
         return portable.ssd_forward(*inputs, *settings, chunk_size)
     step_sizes, decay = _by_head(dt, A, dt_bias, settings)
-    skip = _skip(D, x)
+    skip = portable.skip_weights(D, x)
     batch, _, heads, width = x.shape
     out, final_states = torch.empty_like(x), A.new_empty((batch, heads, width, B.shape[3]))
     native.library.vssm_ssd_forward(
@@ -81,7 +76,7 @@ def backward(
     if not _takes(_BACKWARD_STATES, *inputs):
         return portable.ssd_backward(grad_out, grad_final_states, *inputs, *settings, chunk_size)
     step_sizes, decay = _by_head(dt, A, dt_bias, settings)
-    skip = _skip(D, x)
+    skip = portable.skip_weights(D, x)
     dx, dB, dC = torch.empty_like(x), torch.empty_like(B), torch.empty_like(C)
     dsizes, dlog_decay = torch.empty_like(step_sizes), torch.empty_like(step_sizes)
     dskip = None if D is None else A.new_empty((x.shape[0], *x.shape[2:]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import native
+from .. import gpu, native
 from ..vmap import register_vmap
 from . import cpu, portable
 
@@ -126,3 +126,8 @@ for _device in ("cpu", "cuda"):
 if native.library is not None:
     forward_op.register_kernel("cpu")(cpu.forward)
     backward_op.register_kernel("cpu")(cpu.backward)
+if not gpu.reason:
+    from . import triton
+
+    forward_op.register_kernel("cuda")(triton.forward)
+    backward_op.register_kernel("cuda")(triton.backward)

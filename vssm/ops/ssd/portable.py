@@ -144,6 +144,11 @@ def _by_step(t: Tensor) -> Tensor:
     return t.permute(0, 3, 1, 2, 4)
 
 
+def skip_weights(D: Tensor | None, x: Tensor) -> Tensor | None:
+    """D as (H, P), contiguous, for kernels."""
+    return D if D is None or D.ndim == 2 else D[:, None].expand(x.shape[2:]).contiguous()
+
+
 def skip_factor(D: Tensor, dtype: torch.dtype) -> Tensor:
     """D as a factor of (B, L, H, P)."""
     return (D if D.ndim == 2 else D[:, None]).to(dtype)
