@@ -28,6 +28,7 @@ import vssm.networks
 from vssm import zoo
 from vssm.checkpoint import read_checkpoint
 
+from .digests import digest_files
 from .errors import VolumeError
 
 DEFAULT_BUNDLE = "brain_tissue_demo"
@@ -48,12 +49,14 @@ class Bundle:
 
     Attributes:
         name: the bundle's folder name.
-        network: in evaluation mode, on the CPU; (B, 1, x, y, z) float32 to logits (B, labels, x, y, z).
-        preprocessing: dictionary transforms, applied in order to {"image": MetaTensor (1, X, Y, Z)}.
+        network: in evaluation mode, on the CPU; (B, in_channels, x, y, z) float32 to logits (B, labels, x, y, z).
+        preprocessing: dictionary transforms, applied in order to {"image": MetaTensor (in_channels, X, Y, Z)}.
         window: arguments of `monai.inferers.SlidingWindowInferer`, `roi_size` in voxels among them.
         labels: name of each output channel; channel 0 is the background.
         field_of_view_mm: extent in mm of what it learned from along the network's axes, or None if not recorded.
         foreground_ml: `vssm.volumes.foreground_ml` of what it learned from, or None if not recorded.
+        in_channels: how many images of a subject the network takes at once.
+        digest: SHA-256 of the configuration and the weights in hexadecimal, empty if it was not read from files.
     """
 
     name: str
@@ -63,6 +66,8 @@ class Bundle:
     labels: tuple[str, ...]
     field_of_view_mm: tuple[float, float, float] | None = None
     foreground_ml: float | None = None
+    in_channels: int = 1
+    digest: str = ""
 
 
 def default_bundle_path() -> Path:
@@ -107,22 +112,38 @@ def load_bundle(path: str | Path) -> Bundle:
         VolumeError: a file or an entry is missing, wrong, not supported, or would run code.
     """
     path = Path(path)
-    inference, metadata = (_read_json(path / "configs" / name) for name in ("inference.json", "metadata.json"))
-    source = path / "configs" / "inference.json"
+    source, described = (path / "configs" / name for name in ("inference.json", "metadata.json"))
+    inference, metadata = _read_json(source), _read_json(described)
     sections = {name: _entry(source, inference, name) for name in ("network_def", "preprocessing", "inferer")}
     for name, section in sections.items():
         _refuse_expressions(source, name, section)
-    described = path / "configs" / "metadata.json"
     network = _network(source, sections["network_def"])
-    _load_weights(path / "models", network)
+    weights = _load_weights(path / "models", network)
+    channels = _in_channels(described, metadata, sections["network_def"])
     return Bundle(
         name=path.resolve().name,
         network=network.eval(),
-        preprocessing=_preprocessing(source, sections["preprocessing"]),
+        preprocessing=_preprocessing(source, sections["preprocessing"], channels),
         window=_window(source, sections["inferer"]),
         labels=_labels(described, metadata),
+        in_channels=channels,
+        digest=digest_files((source, described, weights)),
         **(_learned_from(described, metadata["learned_from"]) if "learned_from" in metadata else {}),
     )
+
+
+def _in_channels(source: Path, metadata: dict[str, Any], network: dict[str, Any]) -> int:
+    """What the metadata says of the image, else the network's argument, else one."""
+    try:
+        count = _entry(source, metadata, "network_data_format", "inputs", "image", "num_channels")
+    # optional in the bundle format
+    except VolumeError:
+        count = network.get("in_channels", 1)
+    if not _is_positive([count], 1, int) or network.get("in_channels", count) != count:
+        raise VolumeError(
+            f"{source}: the image has {count} channels, the network takes {network.get('in_channels')}; correct one"
+        )
+    return count
 
 
 def _labels(source: Path, metadata: dict[str, Any]) -> tuple[str, ...]:
@@ -207,7 +228,8 @@ def _network(source: Path, section: Any) -> torch.nn.Module:
         raise VolumeError(f"{source}: network_def does not fit {target} ({error}); correct its arguments") from None
 
 
-def _load_weights(folder: Path, network: torch.nn.Module) -> None:
+def _load_weights(folder: Path, network: torch.nn.Module) -> Path:
+    """Load the weights and return their file."""
     path = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise VolumeError(f"{folder}: holds neither {' nor '.join(_WEIGHTS)}; put the weights there")
@@ -216,9 +238,10 @@ def _load_weights(folder: Path, network: torch.nn.Module) -> None:
     # RuntimeError: weights of another network
     except (OSError, ValueError, RuntimeError) as error:
         raise VolumeError(f"{path}: does not fit the bundle's network ({error}); get the file again") from None
+    return path
 
 
-def _preprocessing(source: Path, section: Any) -> tuple[Callable[..., Any], ...]:
+def _preprocessing(source: Path, section: Any, channels: int) -> tuple[Callable[..., Any], ...]:
     target, arguments = _target_and_arguments(source, "preprocessing", section, nested="transforms")
     steps = arguments.get("transforms")
     if target.removeprefix("monai.transforms.") != "Compose" or not isinstance(steps, list):
@@ -240,13 +263,14 @@ def _preprocessing(source: Path, section: Any) -> tuple[Callable[..., Any], ...]
             built.append(getattr(monai.transforms, name)(**arguments))
         except (TypeError, ValueError) as error:
             raise VolumeError(f"{source}: preprocessing cannot build {step} ({error}); correct it") from None
-    _try(source, built)
+    _try(source, built, channels)
     return tuple(built)
 
 
-def _try(source: Path, steps: list[Callable[..., Any]]) -> None:
+def _try(source: Path, steps: list[Callable[..., Any]], channels: int) -> None:
     """Run the transforms on eight voxels: some look at their arguments only then."""
-    data = {"image": MetaTensor(torch.arange(8.0).reshape(1, 2, 2, 2), affine=torch.eye(4))}
+    voxels = torch.arange(8.0 * channels).reshape(channels, 2, 2, 2)
+    data = {"image": MetaTensor(voxels, affine=torch.eye(4))}
     for step in steps:
         try:
             data = step(data)

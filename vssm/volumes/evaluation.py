@@ -227,21 +227,17 @@ def read_labels(volume: Volume) -> np.ndarray:
     return rounded.astype(np.int32)
 
 
-def check_same_grid(predicted: Volume, reference: Volume) -> None:
-    """Raise VolumeError unless both have the same voxels at the same places."""
+def check_same_grid(
+    predicted: Volume, reference: Volume, remedy: str = "resample the prediction to the reference's grid"
+) -> None:
+    """Raise VolumeError, ending in `remedy`, unless both have the same voxels at the same places."""
     shapes = predicted.voxels.shape, reference.voxels.shape
     if shapes[0] != shapes[1]:
-        raise VolumeError(
-            f"{predicted.path} has {shapes[0]} voxels and {reference.path} {shapes[1]}; resample the prediction to the "
-            "reference's grid"
-        )
+        raise VolumeError(f"{predicted.path} has {shapes[0]} voxels and {reference.path} {shapes[1]}; {remedy}")
     corners = np.array(np.meshgrid(*([0, size - 1] for size in shapes[0]), [1], indexing="ij")).reshape(4, -1)
     apart = np.linalg.norm(((predicted.affine - reference.affine) @ corners)[:3], axis=0).max()
     if apart > _SAME_PLACE_MM:
-        raise VolumeError(
-            f"{predicted.path} and {reference.path} lie {apart:.3g} mm apart in space; resample the prediction to the "
-            "reference's grid"
-        )
+        raise VolumeError(f"{predicted.path} and {reference.path} lie {apart:.3g} mm apart in space; {remedy}")
 
 
 def _case(path: Path) -> str:

@@ -37,6 +37,12 @@ def _numbers(path: Path) -> dict[str, int]:
     return {word[0]: int(word[1]) for word in words}
 
 
+def fits_memory(needed: int) -> bool:
+    """Whether `needed` bytes are available, as far as the system tells."""
+    available = available_memory()
+    return available is None or needed <= available
+
+
 def require_memory(needed: int, what: str, remedy: str) -> None:
     """Check that `needed` bytes are available.
 

@@ -4,18 +4,22 @@ Letters: X, Y, Z are the voxels of the volume as stored, x, y, z those of the ne
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.inferers import SlidingWindowInferer
 from monai.transforms import LazyTransform, SpatialResample
 
 from .bundle import Bundle
 from .errors import VolumeError
-from .memory import require_memory
+from .evaluation import check_same_grid
+from .memory import fits_memory, require_memory
 from .reading import Volume
+from .scratch import new_array
+from .windows import AXES, blend_windows
 
 # values of logits and coordinates held at once while the result is brought back to the volume's grid
 _SLAB_VALUES = 1 << 25
@@ -50,74 +54,136 @@ def select_device(name: str) -> torch.device:
 
 
 def predict_volume(
-    volume: Volume, bundle: Bundle, *, device: str = "auto", overlap: float | None = None, progress: bool = False
+    volume: Volume | Sequence[Volume],
+    bundle: Bundle | Sequence[Bundle],
+    *,
+    device: str = "auto",
+    overlap: float | None = None,
+    mirror: Sequence[str] = (),
+    patch_size: Sequence[int] | None = None,
+    scratch: Path | None = None,
+    probabilities: np.ndarray | None = None,
+    progress: bool = False,
 ) -> np.ndarray:
     """Segment a volume.
 
     The bundle's transforms bring the volume to the network's orientation, spacing and intensities. The network runs on
     overlapping windows that are blended on the CPU, so that the device holds one batch of windows at a time. The
-    blended logits, not labels, are interpolated linearly onto the volume's own voxels, slab by slab. The same input
-    gives the same output.
+    blended logits, not labels, are interpolated linearly onto the volume's own voxels, slab by slab. Of several
+    bundles the softmax probabilities at each voxel are averaged. The same input gives the same output.
 
     Args:
-        volume: from `read_volume`.
-        bundle: from `load_bundle`.
+        volume: from `read_volume`; for a network of several input channels one volume each, all on one grid.
+        bundle: from `load_bundle`, or several with the same labels (the folds of a cross-validation).
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         overlap: share of a window that its neighbour covers, 0 <= overlap < 1; the bundle's if None.
+        mirror: of "x", "y", "z", the axes of the network's grid along which windows are also seen mirrored; the logits
+            of all 2 ** len(mirror) passes are averaged.
+        patch_size: three sides of a window in voxels; the bundle's if None.
+        scratch: folder for a temporary file that takes the logits if they do not fit into memory; None refuses then.
+        probabilities: (labels, X, Y, Z) array of any float type that the mean probabilities are written to, or None.
         progress: show a progress bar on standard error.
 
     Returns:
         (X, Y, Z) uint8, the label of each voxel of `volume`.
 
     Raises:
-        VolumeError: unknown device, overlap out of range, not enough memory, or a network that does not fit.
+        VolumeError: unknown device, an option out of range, a wrong number of channels, different grids or labels, not
+            enough memory, or a network that does not fit.
     """
+    volumes = (volume,) if isinstance(volume, Volume) else tuple(volume)
+    folds = (bundle,) if isinstance(bundle, Bundle) else tuple(bundle)
     target = select_device(device)
+    options = _window_options(overlap, mirror, patch_size)
+    _check_agreement(volumes, folds)
+    image = _as_meta_tensor(volumes)
+    shape = volumes[0].voxels.shape
+    predicted = [_predicted_voxels(image, fold, patch_size) for fold in folds]
+    on_disk = _plan_memory(volumes, folds, predicted, scratch, probabilities)
+    logits = [_logits(image, fold, options, target, mirror, scratch if on_disk else None, progress) for fold in folds]
+    labels = np.empty(shape, np.uint8)
+    share = _SLAB_VALUES // len(folds)
+    for slabs in zip(*(_slabs(values, shape, _centred(volumes[0]), share) for values in logits), strict=True):
+        start, scores = slabs[0]
+        for fold, (_, slab) in zip(folds, slabs, strict=True):
+            if not torch.isfinite(slab).all():
+                raise VolumeError(
+                    f"bundle {fold.name}: its network returned values that are not finite; check its weights"
+                )
+        here = slice(start, start + scores.shape[1])
+        if len(folds) > 1 or probabilities is not None:
+            likely = sum(slab.softmax(dim=0) for _, slab in slabs) / len(folds)
+            scores = likely if len(folds) > 1 else scores
+            if probabilities is not None:
+                probabilities[:, here] = likely.numpy()
+        labels[here] = scores.argmax(dim=0).to(torch.uint8).numpy()
+    return labels
+
+
+def _window_options(overlap: float | None, mirror: Sequence[str], patch_size: Sequence[int] | None) -> dict[str, Any]:
+    """What replaces the bundle's own arguments of the sliding window, checked."""
     if overlap is not None and not 0 <= overlap < 1:
         raise VolumeError(f"overlap must be at least 0 and less than 1, got {overlap}; 0.5 is usual")
-    image = _as_meta_tensor(volume)
-    grid = _network_grid(image, bundle)
-    _require_memory(volume, grid, bundle)
+    if not set(mirror) <= set(AXES) or len(set(mirror)) < len(mirror):
+        raise VolumeError(f"mirror takes each of x, y and z at most once, got {' '.join(mirror)}; correct it")
+    if patch_size is not None and not (len(patch_size) == 3 and min(patch_size) > 0):
+        raise VolumeError(f"the patch size must be three positive numbers of voxels, got {tuple(patch_size)}")
+    options = {"overlap": overlap, "roi_size": patch_size}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _check_agreement(volumes: tuple[Volume, ...], folds: tuple[Bundle, ...]) -> None:
+    first = folds[0]
+    for fold in folds[1:]:
+        if fold.labels != first.labels:
+            raise VolumeError(
+                f"bundles {first.name} and {fold.name} have different labels ({', '.join(first.labels)}; "
+                f"{', '.join(fold.labels)}); an ensemble needs the same"
+            )
+    for fold in folds:
+        if fold.in_channels != len(volumes):
+            raise VolumeError(
+                f"{volumes[0].path}: bundle {fold.name} takes {fold.in_channels} image(s) of a subject, got "
+                f"{len(volumes)}; give exactly {fold.in_channels}, in the order of its card"
+            )
+    for other in volumes[1:]:
+        check_same_grid(other, volumes[0], "resample the images of a subject to one grid")
+
+
+def _logits(
+    image: MetaTensor,
+    bundle: Bundle,
+    options: dict[str, Any],
+    device: torch.device,
+    mirror: Sequence[str],
+    scratch: Path | None,
+    progress: bool,
+) -> MetaTensor:
+    """(K, x, y, z) float32: blended logits on the network's grid, in memory or, with `scratch`, in a file there."""
     data = {"image": image}
     for step in bundle.preprocessing:
         data = step(data)
-    image = data["image"]
-    options = bundle.window | ({} if overlap is None else {"overlap": overlap})
-    inferer = SlidingWindowInferer(**options, sw_device=target, device=torch.device("cpu"), progress=progress)
-    network = bundle.network.to(target)
+    prepared = data["image"]
+    window = bundle.window | options
+    total = new_array((len(bundle.labels), *prepared.shape[1:]), np.float32, scratch)
+    network = bundle.network.to(device)
     try:
-        with torch.inference_mode():
-            logits = inferer(image.as_tensor()[None], network)
-    except torch.OutOfMemoryError:
-        raise VolumeError(f"{target} has too little memory for windows of this bundle; use --device cpu") from None
+        blend_windows(prepared.as_tensor(), network, window, total, device=device, mirror=mirror, progress=progress)
+    except VolumeError as error:
+        raise VolumeError(f"bundle {bundle.name}: {error}") from None
     # what networks raise for windows of a size they cannot take
     except (ValueError, RuntimeError) as error:
-        size = bundle.window["roi_size"]
+        size = list(window["roi_size"])
         raise VolumeError(f"bundle {bundle.name}: its network failed on a window of {size} ({error})") from error
     finally:
         network.to("cpu")
-    expected = (1, len(bundle.labels), *image.shape[1:])
-    found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-    if found != expected:
-        raise VolumeError(
-            f"bundle {bundle.name}: its network must return one tensor of a channel per label and the windows' size, "
-            f"{expected} in all, got {found}; correct the bundle"
-        )
-    labels = np.empty(volume.voxels.shape, np.uint8)
-    logits = MetaTensor(logits[0].contiguous(), affine=image.affine)
-    for start, slab in _slabs(logits, volume.voxels.shape, _centred(volume)):
-        if not torch.isfinite(slab).all():
-            raise VolumeError(
-                f"bundle {bundle.name}: its network returned values that are not finite; check its weights"
-            )
-        labels[start : start + slab.shape[1]] = slab.argmax(dim=0).to(torch.uint8).numpy()
-    return labels
+    return MetaTensor(torch.from_numpy(total), affine=prepared.affine)
 
 
 def mismatches(volume: Volume, bundle: Bundle) -> list[str]:
     """One sentence for each way in which the volume does not look like what the bundle's network learned from."""
     notes = []
-    grid = _network_grid(_as_meta_tensor(volume), bundle)
+    grid = _network_grid(_as_meta_tensor([volume]), bundle)
     spacing = np.linalg.norm(grid.peek_pending_affine()[:3, :3].numpy(), axis=0)
     extent = spacing * grid.peek_pending_shape()
     learned = bundle.field_of_view_mm
@@ -161,9 +227,11 @@ def _centred(volume: Volume) -> torch.Tensor:
     return affine
 
 
-def _as_meta_tensor(volume: Volume) -> MetaTensor:
-    """(1, X, Y, Z), sharing the voxels."""
-    return MetaTensor(torch.from_numpy(volume.voxels)[None], affine=_centred(volume), meta={"space": "RAS"})
+def _as_meta_tensor(volumes: Sequence[Volume]) -> MetaTensor:
+    """(C, X, Y, Z); one volume shares its voxels, several are copied."""
+    channels = [torch.from_numpy(volume.voxels) for volume in volumes]
+    stacked = channels[0][None] if len(channels) == 1 else torch.stack(channels)
+    return MetaTensor(stacked, affine=_centred(volumes[0]), meta={"space": "RAS"})
 
 
 def _network_grid(image: MetaTensor, bundle: Bundle) -> MetaTensor:
@@ -175,31 +243,52 @@ def _network_grid(image: MetaTensor, bundle: Bundle) -> MetaTensor:
     return data["image"]
 
 
-def _require_memory(volume: Volume, grid: MetaTensor, bundle: Bundle) -> None:
-    """Refuse a volume whose prediction would not fit: counts of the arrays that live at the same time, in bytes."""
-    stored = volume.voxels.size
-    sides = zip(grid.peek_pending_shape(), bundle.window["roi_size"], strict=True)
-    predicted = math.prod(max(int(side), window) for side, window in sides)
+def _predicted_voxels(image: MetaTensor, bundle: Bundle, patch_size: Sequence[int] | None) -> int:
+    """How many voxels the network's grid has, a window at least."""
+    sides = zip(_network_grid(image, bundle).peek_pending_shape(), patch_size or bundle.window["roi_size"], strict=True)
+    return math.prod(max(int(side), window) for side, window in sides)
+
+
+def _plan_memory(
+    volumes: tuple[Volume, ...],
+    folds: tuple[Bundle, ...],
+    predicted: list[int],
+    scratch: Path | None,
+    probabilities: np.ndarray | None,
+) -> bool:
+    """Whether the logits must go to `scratch`; a volume that does not fit even so is refused.
+
+    Counts the arrays that live at the same time, in bytes.
+    """
+    channels, stored, largest = len(volumes), volumes[0].voxels.size, max(predicted)
     # float32 in the network's orientation, float64 for the interpolation, twice; coordinates and results in float64,
     # results in float32, what normalisation needs
-    preparing = 22 * stored + 60 * predicted
-    # logits, once more without the padding of a small volume, voxels, weights; labels and the slab on the way back
-    labelling = (8 * len(bundle.labels) + 12) * predicted + stored + 8 * _SLAB_VALUES
-    remedy = "crop the volume or use a larger machine"
+    preparing = channels * (22 * stored + 60 * largest)
+    # prepared voxels, weights; labels and the slab on the way back
+    labelling = (4 * channels + 8) * largest + stored + 8 * _SLAB_VALUES
+    filled = 0 if probabilities is None or isinstance(probabilities, np.memmap) else probabilities.nbytes
+    logits = [4 * len(fold.labels) * count for fold, count in zip(folds, predicted, strict=True)]
+    in_memory = max(preparing + sum(logits[:-1]), labelling + sum(logits)) + filled
+    on_disk = scratch is not None and not fits_memory(in_memory)
     require_memory(
-        max(preparing, labelling), f"{volume.path}: prediction on {predicted / 1e6:.1f} million voxels", remedy
+        max(preparing, labelling) + filled if on_disk else in_memory,
+        f"{volumes[0].path}: prediction on {largest / 1e6:.1f} million voxels",
+        "crop the volume or use a larger machine",
     )
+    return on_disk
 
 
-def _slabs(logits: MetaTensor, shape: tuple[int, int, int], affine: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Interpolate logits (K, x, y, z) onto the grid of `shape` and `affine`.
+def _slabs(
+    logits: MetaTensor, shape: tuple[int, int, int], affine: torch.Tensor, values: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Interpolate logits (K, x, y, z) onto the grid of `shape` and `affine`, about `values` values at a time.
 
     Yields:
         (start, (K, n, Y, Z) float32): the values for the n planes that begin at index `start` of the first axis.
     """
     resample = SpatialResample(mode="bilinear", padding_mode="border", align_corners=False, dtype=torch.float32)
     # per voxel K logits, their copy on the way out and three coordinates
-    planes = max(1, _SLAB_VALUES // ((2 * logits.shape[0] + 3) * shape[1] * shape[2]))
+    planes = max(1, values // ((2 * logits.shape[0] + 3) * shape[1] * shape[2]))
     for start in range(0, shape[0], planes):
         corner = affine.clone()
         corner[:3, 3] += start * affine[:3, 0]

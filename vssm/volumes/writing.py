@@ -4,6 +4,7 @@ import errno
 import gzip
 import os
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -83,7 +84,7 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
         raise VolumeError(f"{path}: cannot be written ({error.strerror or error}); {remedy} and run again") from None
 
 
-def write_labels(labels: np.ndarray, volume: Volume, path: str | Path) -> None:
+def write_labels(labels: np.ndarray, volume: Volume, path: str | Path, description: str = "label map by vssm") -> None:
     """Write a label map with the exact shape, affine, qform, sform, codes and units of `volume`.
 
     An existing file is replaced. The same labels always give the same bytes.
@@ -92,6 +93,7 @@ def write_labels(labels: np.ndarray, volume: Volume, path: str | Path) -> None:
         labels: (X, Y, Z) uint8 on the grid of `volume`.
         volume: the volume that was segmented.
         path: .nii or .nii.gz.
+        description: for the header's `descrip`, at most 79 ASCII characters.
 
     Raises:
         VolumeError: if the file cannot be written.
@@ -105,7 +107,7 @@ def write_labels(labels: np.ndarray, volume: Volume, path: str | Path) -> None:
     for field in _GEOMETRY_FIELDS:
         header[field] = volume.header[field]
     header.set_data_dtype(np.uint8)
-    header["descrip"] = b"label map by vssm"
+    header["descrip"] = description.encode("ascii")
     # without an affine nibabel leaves qform and sform of the header alone
     image = single(labels.reshape(header.get_data_shape(), order="F"), None, header)
     with atomic_file(path) as stream:
@@ -115,3 +117,46 @@ def write_labels(labels: np.ndarray, volume: Volume, path: str | Path) -> None:
                 image.to_stream(packed)
         else:
             image.to_stream(stream)
+
+
+def write_probabilities(
+    probabilities: np.ndarray, volume: Volume, names: tuple[str, ...], path: str | Path, description: str
+) -> None:
+    """Write the probability of every label at every voxel: a compressed .npz, since NIfTI knows no 16-bit floats.
+
+    `numpy.load(path)` gives `probabilities` (K, X, Y, Z) float16, `affine` (4, 4) float64 from voxel index to mm in
+    RAS+, `labels`, the K names with the background's first, and `description`. An existing file is replaced.
+
+    Args:
+        probabilities: (K, X, Y, Z) float16 on the grid of `volume`, in memory or mapped.
+        volume: the volume that was segmented.
+        names: name of each label.
+        path: .npz.
+        description: what made it.
+
+    Raises:
+        VolumeError: if the file cannot be written.
+        ValueError: if `probabilities` is not float16 of that shape.
+    """
+    expected = (len(names), *volume.voxels.shape)
+    if probabilities.dtype != np.float16 or probabilities.shape != expected:
+        raise ValueError(
+            f"probabilities must be float16 of shape {expected}, got {probabilities.dtype} {probabilities.shape}"
+        )
+    with atomic_file(check_output(path, (".npz",))) as stream:
+        np.savez_compressed(
+            stream,
+            probabilities=probabilities,
+            affine=volume.affine,
+            labels=np.array(names),
+            description=np.array(description),
+        )
+
+
+def read_description(path: Path) -> str | None:
+    """What made a file of `write_probabilities`; None if there is no such file or it is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            return str(content["description"])
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
