@@ -30,12 +30,14 @@ METADATA = {
 }
 
 
-def write_bundle(folder: Path) -> Path:
+def write_bundle(folder: Path, channels: int = 1, seed: int = 0) -> Path:
     """Write the bundle (RAS, 2 mm, windows of 16 voxels, three labels) into `folder` and return it."""
     (folder / "configs").mkdir(parents=True)
     (folder / "models").mkdir()
-    for name, content in (("inference", INFERENCE), ("metadata", METADATA)):
+    network = _NETWORK | {"in_channels": channels}
+    inference = INFERENCE | {"network_def": INFERENCE["network_def"] | network}
+    for name, content in (("inference", inference), ("metadata", METADATA)):
         (folder / "configs" / f"{name}.json").write_text(json.dumps(content))
-    torch.manual_seed(0)
-    save_file(UNet(**_NETWORK).state_dict(), folder / "models" / "model.safetensors")
+    torch.manual_seed(seed)
+    save_file(UNet(**network).state_dict(), folder / "models" / "model.safetensors")
     return folder

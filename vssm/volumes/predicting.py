@@ -108,7 +108,8 @@ def predict_volume(
         for fold, (_, slab) in zip(folds, slabs, strict=True):
             if not torch.isfinite(slab).all():
                 raise VolumeError(
-                    f"bundle {fold.name}: its network returned values that are not finite; check its weights"
+                    f"{volumes[0].path}: the network of bundle {fold.name} returned values that are not finite; check the "
+                    "bundle's weights and the volume's grey values"
                 )
         here = slice(start, start + scores.shape[1])
         if len(folds) > 1 or probabilities is not None:
@@ -164,6 +165,11 @@ def _logits(
     for step in bundle.preprocessing:
         data = step(data)
     prepared = data["image"]
+    if not torch.isfinite(prepared.as_tensor()).all():
+        raise VolumeError(
+            f"{image.meta['filename_or_obj']}: its grey values, up to {image.as_tensor().abs().max():g}, are too large "
+            f"to be prepared for bundle {bundle.name}; check scl_slope and scl_inter"
+        )
     window = bundle.window | options
     total = new_array((len(bundle.labels), *prepared.shape[1:]), np.float32, scratch)
     network = bundle.network.to(device)
@@ -231,7 +237,9 @@ def _as_meta_tensor(volumes: Sequence[Volume]) -> MetaTensor:
     """(C, X, Y, Z); one volume shares its voxels, several are copied."""
     channels = [torch.from_numpy(volume.voxels) for volume in volumes]
     stacked = channels[0][None] if len(channels) == 1 else torch.stack(channels)
-    return MetaTensor(stacked, affine=_centred(volumes[0]), meta={"space": "RAS"})
+    # MONAI's names
+    meta = {"space": "RAS", "filename_or_obj": str(volumes[0].path)}
+    return MetaTensor(stacked, affine=_centred(volumes[0]), meta=meta)
 
 
 def _network_grid(image: MetaTensor, bundle: Bundle) -> MetaTensor:

@@ -26,6 +26,8 @@ _KNOWN_XFORM_CODES = range(6)
 _UNIT_NAMES = {1: "metres", 3: "micrometres"}
 # sform and qform that agree to this are rounded copies of each other (mm, at the corners of the volume)
 _XFORM_TOLERANCE_MM = 0.1
+# a nanometre and ten metres: beyond lies damage, and beyond float and int arithmetic of the grids
+_SMALLEST_VOXEL_MM, _LARGEST_VOXEL_MM = 1e-6, 1e4
 _SILENT = logging.Logger("vssm.volumes.header", level=logging.CRITICAL + 1)
 
 
@@ -226,6 +228,9 @@ def _affine(path: Path, header: nibabel.Nifti1Header) -> np.ndarray:
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if not (np.isfinite(spacing).all() and (spacing > 0).all()) or abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-3:
         raise VolumeError(f"{path}: has an affine that cannot be inverted; set its affine anew")
+    if spacing.min() < _SMALLEST_VOXEL_MM or spacing.max() > _LARGEST_VOXEL_MM:
+        text = " x ".join(f"{size:g}" for size in spacing)
+        raise VolumeError(f"{path}: has voxels of {text} mm, which no scanner makes; set its affine anew")
     return affine
 
 
