@@ -267,6 +267,61 @@ def test_segment_refuses_in_one_line_and_writes_nothing(refused, scan, bundle, t
         assert not out.exists()
 
 
+def test_a_folder_is_segmented_and_run_again_goes_on(run, scan, bundle, tmp_path):
+    scans, out = tmp_path / "scans", tmp_path / "out"
+    scans.mkdir()
+    for name in ("a", "b"):
+        (scans / f"{name}.nii.gz").write_bytes(scan.read_bytes())
+    options = ("-o", out, "--bundle", bundle, "--save-probabilities", "--min-size", "0.01", "--mirror", "x")
+    status, printed, err = run("segment", scans, *options)
+    assert status == 0
+    assert sorted(os.listdir(out)) == ["a.nii.gz", "a.npz", "b.nii.gz", "b.npz"]
+    for case in ("a", "b"):
+        labels = np.asarray(nibabel.load(out / f"{case}.nii.gz").dataobj)
+        rows = [line.split() for line in printed.splitlines() if line.startswith(f"{case} ")]
+        assert [int(row[-2]) for row in rows] == [(labels == label).sum() for label in (1, 2)]
+    assert f"wrote 2 of 2 cases to {out}, skipped 0" in printed
+    assert "cleaning up set" in err
+    (out / "a.nii.gz").unlink()
+    (scans / "c.nii.gz").write_bytes(scan.read_bytes()[:-30])
+    status, printed, err = run("segment", scans, *options)
+    assert status == 2
+    assert f"wrote 1 of 3 cases to {out}, skipped 1" in printed
+    lines = err.splitlines()
+    assert f"note: b: skipped, {out / 'b.nii.gz'} is complete" in lines
+    assert any(line.startswith(f"note: c: {scans / 'c.nii.gz'}: ") for line in lines)
+    assert lines[-1] == "vssm segment: 1 of 3 cases could not be segmented (see above): c"
+    assert sorted(os.listdir(out)) == ["a.nii.gz", "a.npz", "b.nii.gz", "b.npz"]
+
+
+def test_folds_channels_and_probabilities_are_options_of_segment(run, refused, scan, bundle, tmp_path):
+    out, second = tmp_path / "out.nii.gz", write_bundle(tmp_path / "second", seed=1)
+    two = write_bundle(tmp_path / "two", channels=2)
+    status, printed, _ = run(
+        "segment", scan, "-o", out, "--bundle", bundle, "--bundle", second, "--save-probabilities", "--keep-largest",
+        "--patch-size", 8, 8, 8,
+    )  # fmt: skip
+    assert status == 0
+    assert f"wrote {out} and {tmp_path / 'out.npz'} in" in printed
+    assert run("segment", scan, scan, "-o", out, "--bundle", two)[0] == 0
+    assert "takes 1 image(s) of a subject, got 2" in refused("segment", scan, scan, "-o", out, "--bundle", bundle)
+
+
+def test_a_folder_is_refused_where_a_file_is_due(refused, scan, bundle, tmp_path):
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    for arguments, words in (
+        ((scans, "-o", tmp_path / "out.nii.gz"), "its results go into a folder too"),
+        ((scans, scan, "-o", tmp_path / "out"), "give one folder"),
+        ((scans, "-o", tmp_path / "out", "--overlay", tmp_path / "a.png"), "--overlay draws one case"),
+        ((scans, "-o", tmp_path / "out"), "holds no .nii or .nii.gz file"),
+        ((scan, "-o", tmp_path / "out.nii", "--min-size", "-1"), "smallest size must be"),
+        ((scan, "-o", tmp_path / "out.nii", "--patch-size", "0", "16", "16"), "patch size must be three positive"),
+    ):
+        assert words in refused("segment", *arguments, "--bundle", bundle)
+    assert not (tmp_path / "out").exists()
+
+
 def test_errors_that_other_libraries_word_in_several_lines_are_one_line(refused, scan, bundle, tmp_path):
     save_file({"weight": torch.zeros(1)}, bundle / "models" / "model.safetensors")
     line = refused("segment", scan, "-o", tmp_path / "out.nii", "--bundle", bundle)

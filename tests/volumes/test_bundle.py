@@ -6,6 +6,7 @@ import pytest
 import torch
 from monai.networks.nets import UNet
 from safetensors.torch import load_file
+from volumes.samples import write_bundle
 
 import vssm.networks
 from vssm import zoo
@@ -214,3 +215,21 @@ def test_a_missing_bundle_is_named_with_those_there_are(bundle_folder, tmp_path,
     monkeypatch.setattr(zoo, "FOLDERS", ())
     with pytest.raises(VolumeError, match="this installation has none: reinstall vssm"):
         default_bundle_path()
+
+
+def test_the_network_takes_as_many_images_as_the_bundle_says(edit, bundle_folder):
+    assert load_bundle(bundle_folder).in_channels == 1
+    edit("network_data_format", "inputs", value={"image": {"num_channels": 2}}, name="metadata.json")
+    refused(bundle_folder, "the image has 2 channels, the network takes 1")
+    edit("network_data_format", "inputs", value={"image": {"num_channels": 0}}, name="metadata.json")
+    refused(bundle_folder, "the image has 0 channels")
+    edit("network_data_format", "inputs", value={"image": {"num_channels": 1}}, name="metadata.json")
+    assert load_bundle(bundle_folder).in_channels == 1
+    assert load_bundle(write_bundle(bundle_folder.parent / "four", channels=4)).in_channels == 4
+
+
+def test_the_digest_tells_other_weights_and_settings_and_nothing_else(edit, bundle_folder):
+    first = load_bundle(bundle_folder).digest
+    assert first == load_bundle(write_bundle(bundle_folder.parent / "copy")).digest
+    assert first != load_bundle(write_bundle(bundle_folder.parent / "other", seed=1)).digest
+    assert first != load_bundle(edit("inferer", "overlap", value=0.25)).digest

@@ -108,8 +108,8 @@ def predict_volume(
         for fold, (_, slab) in zip(folds, slabs, strict=True):
             if not torch.isfinite(slab).all():
                 raise VolumeError(
-                    f"{volumes[0].path}: the network of bundle {fold.name} returned values that are not finite; check the "
-                    "bundle's weights and the volume's grey values"
+                    f"{volumes[0].path}: the network of bundle {fold.name} returned values that are not finite; check "
+                    "its weights and the volume's grey values"
                 )
         here = slice(start, start + scores.shape[1])
         if len(folds) > 1 or probabilities is not None:
