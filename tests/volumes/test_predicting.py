@@ -274,3 +274,29 @@ def test_a_volume_unlike_what_was_learned_from_is_reported(save):
         assert f"640 ml of the volume are bright, test learned from {learned_ml:.0f} ml" in note
     coarse = read_volume(save(np.zeros((100, 110, 20)), np.diag([1.8, 2.0, 9.0, 1])))
     assert mismatches(coarse, learned) == ["voxels are up to 9.0 mm long, test works at 2.0 mm"]
+
+
+@pytest.mark.parametrize(
+    "step, words",
+    [
+        (lambda data: {"image": data["image"] * 1e38 * 1e38}, "too large to be prepared for bundle test"),
+        (lambda data: data["image"].view(7), "cannot be prepared for bundle test"),
+    ],
+    ids=["overflow", "failure"],
+)
+def test_voxels_that_cannot_be_prepared_are_named_with_their_file(save, step, words):
+    path = save(*ball((6, 6, 6), OBLIQUE))
+    with pytest.raises(VolumeError, match=rf"{re.escape(str(path))}: .*{words}"):
+        predict_volume(read_volume(path), bundle(Above(), preprocessing=(*bundle(None).preprocessing, step)))
+
+
+@pytest.mark.parametrize("patch_size", [(16, 16), (0, 16, 16), (16, 16, 16, 16)], ids=str)
+def test_a_patch_size_that_is_no_window_is_refused(save, patch_size):
+    with pytest.raises(VolumeError, match="three positive numbers"):
+        predict_volume(read_volume(save(*ball((4, 4, 4), OBLIQUE))), bundle(Above()), patch_size=patch_size)
+
+
+def test_the_patch_size_replaces_the_bundles(save):
+    network = Above()
+    predict_volume(read_volume(save(*ball((12, 12, 12), OBLIQUE))), bundle(network), patch_size=(8, 12, 10))
+    assert set(network.sizes) == {(8, 12, 10)}

@@ -174,6 +174,30 @@ def test_a_full_disk_leaves_no_result_and_no_part_of_one(scans, bundle_folder, t
     assert os.listdir(tmp_path / "out") == []
 
 
+def exhausted(*_, **__):
+    raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")
+
+
+@pytest.mark.parametrize("place", ["mismatches", "clean_labels", "write_labels"])
+def test_memory_that_runs_out_at_any_step_is_a_problem_of_that_case(scans, bundle_folder, tmp_path, monkeypatch, place):
+    monkeypatch.setattr(segmenting, place, exhausted)
+    options = {"bundle": bundle_folder, "min_size_ml": 0.1}
+    for result in segment(scans, tmp_path / "out", **options):
+        assert f"{result.name}.nii.gz does not fit into memory" in result.problem
+    with pytest.raises(VolumeError, match="does not fit into memory; crop the volume"):
+        segment_file(scans / "a.nii.gz", tmp_path / "out.nii.gz", **options)
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_a_fault_of_the_program_is_no_problem_of_a_case(scans, bundle_folder, tmp_path, monkeypatch):
+    def fault(*_, **__):
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(segmenting, "mismatches", fault)
+    with pytest.raises(RuntimeError, match="a fault"):
+        segment(scans, tmp_path / "out", bundle=bundle_folder)
+
+
 def test_an_ensemble_averages_the_probabilities_of_its_folds(scans, folds, tmp_path):
     for name, bundle in (("one", folds[0]), ("two", folds[1]), ("both", folds)):
         segment_file(scans / "b.nii.gz", tmp_path / f"{name}.nii.gz", bundle=bundle, save_probabilities=True)

@@ -17,6 +17,7 @@ import torch
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from scipy import ndimage, stats
 
+from .cases import case_name
 from .errors import VolumeError
 from .reading import Volume, read_volume
 
@@ -107,7 +108,7 @@ def evaluate_files(
     check_same_grid(*volumes)
     maps = [read_labels(volume) for volume in volumes]
     names = dict(names or {})
-    case = _case(volumes[1].path)
+    case = case_name(volumes[1].path)
     voxel_ml = abs(np.linalg.det(volumes[1].affine[:3, :3])) / 1000
     spacing = volumes[1].spacing
     labels = sorted({*names, *np.unique(maps[0]).tolist(), *np.unique(maps[1]).tolist()} - {0})
@@ -240,12 +241,8 @@ def check_same_grid(
         raise VolumeError(f"{predicted.path} and {reference.path} lie {apart:.3g} mm apart in space; {remedy}")
 
 
-def _case(path: Path) -> str:
-    return path.name.removesuffix(".gz").removesuffix(".nii")
-
-
 def _volumes_in(folder: Path) -> dict[str, Path]:
-    found = {_case(path): path for path in sorted(folder.iterdir()) if path.name.endswith((".nii", ".nii.gz"))}
+    found = {case_name(path): path for path in sorted(folder.iterdir()) if path.name.endswith((".nii", ".nii.gz"))}
     if not found:
         raise VolumeError(f"{folder}: holds no .nii or .nii.gz file")
     return found

@@ -1,12 +1,18 @@
 """Memory that is left to this process, so that a volume too large is refused before anything is allocated."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 from .errors import VolumeError
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
+# what devices without an exception of their own say
+_NO_MEMORY_WORDS = ("out of memory", "DefaultCPUAllocator")
 
 
 def available_memory() -> int | None:
@@ -54,3 +60,21 @@ def require_memory(needed: int, what: str, remedy: str) -> None:
         raise VolumeError(
             f"{what} needs about {needed / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB are available; {remedy}"
         )
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception of Python, NumPy or torch says that memory is exhausted."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in str(error) for words in _NO_MEMORY_WORDS
+    )
+
+
+@contextmanager
+def enough_memory(what: str) -> Iterator[None]:
+    """For work whose need was estimated too low: exhausted memory is a VolumeError about `what`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise VolumeError(f"{what} does not fit into memory; crop the volume or use a larger machine") from None

@@ -16,7 +16,7 @@ from monai.transforms import LazyTransform, SpatialResample
 from .bundle import Bundle
 from .errors import VolumeError
 from .evaluation import check_same_grid
-from .memory import fits_memory, require_memory
+from .memory import fits_memory, is_out_of_memory, require_memory
 from .reading import Volume
 from .scratch import new_array
 from .windows import AXES, blend_windows
@@ -162,12 +162,19 @@ def _logits(
 ) -> MetaTensor:
     """(K, x, y, z) float32: blended logits on the network's grid, in memory or, with `scratch`, in a file there."""
     data = {"image": image}
-    for step in bundle.preprocessing:
-        data = step(data)
+    path = image.meta["filename_or_obj"]
+    try:
+        for step in bundle.preprocessing:
+            data = step(data)
+    # what MONAI raises for voxels that a transform cannot take
+    except (ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise VolumeError(f"{path}: cannot be prepared for bundle {bundle.name} ({error}); check both") from error
     prepared = data["image"]
     if not torch.isfinite(prepared.as_tensor()).all():
         raise VolumeError(
-            f"{image.meta['filename_or_obj']}: its grey values, up to {image.as_tensor().abs().max():g}, are too large "
+            f"{path}: its grey values, up to {image.as_tensor().abs().max():g}, are too large "
             f"to be prepared for bundle {bundle.name}; check scl_slope and scl_inter"
         )
     window = bundle.window | options

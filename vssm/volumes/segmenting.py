@@ -14,7 +14,7 @@ from .cases import Case, case_name, find_cases
 from .cleaning import clean_labels
 from .digests import digest_files
 from .errors import VolumeError
-from .memory import fits_memory
+from .memory import enough_memory, fits_memory
 from .predicting import mismatches, predict_volume
 from .reading import SUFFIXES, read_volume
 from .scratch import new_array
@@ -111,7 +111,9 @@ def segment_file(
     if overlay is not None:
         check_output(overlay, (".png",))
     chosen = Settings(**settings)
-    return _segment(case, output, _load(bundle), chosen, overlay, save_probabilities, progress)
+    bundles = _load(bundle)
+    with enough_memory(str(images[0])):
+        return _segment(case, output, bundles, chosen, overlay, save_probabilities, progress)
 
 
 def segment_folder(
@@ -154,7 +156,8 @@ def segment_folder(
                 yield CaseResult(case.name, result)
                 continue
             _check_outputs(case, result, save_probabilities)
-            done = _segment(case, result, bundles, chosen, None, save_probabilities, progress)
+            with enough_memory(str(case.images[0])):
+                done = _segment(case, result, bundles, chosen, None, save_probabilities, progress)
         except VolumeError as error:
             yield CaseResult(case.name, result, problem=str(error))
         else:

@@ -17,6 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .errors import VolumeError
+from .memory import is_out_of_memory
 
 AXES = ("x", "y", "z")
 # MONAI's defaults, but for the mode
@@ -26,8 +27,6 @@ _DEFAULTS = {
 }  # fmt: skip
 # no network takes windows of fewer voxels along each side
 _SMALLEST_SIDE = 8
-# what devices without an exception of their own say
-_NO_MEMORY_WORDS = ("out of memory", "DefaultCPUAllocator")
 
 
 def blend_windows(
@@ -65,7 +64,7 @@ def blend_windows(
         with torch.inference_mode():
             _blend(image, network, options, torch.from_numpy(total), device, mirror, progress)
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         exhausted = True
     # the failed pass's tensors are free only after its exception is gone
@@ -141,12 +140,6 @@ def _unpadded(
         inside.append(slice(low, high))
         part.append(slice(low + start - side.start, high + start - side.start))
     return tuple(inside), tuple(part)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        words in str(error) for words in _NO_MEMORY_WORDS
-    )
 
 
 def _fitting_size(
