@@ -300,3 +300,14 @@ def test_the_patch_size_replaces_the_bundles(save):
     network = Above()
     predict_volume(read_volume(save(*ball((12, 12, 12), OBLIQUE))), bundle(network), patch_size=(8, 12, 10))
     assert set(network.sizes) == {(8, 12, 10)}
+
+
+def test_the_networks_channels_are_the_volumes_in_their_order(save, rng):
+    class First(nn.Module):
+        def forward(self, x):
+            return torch.stack([torch.zeros_like(x[:, 0]), x[:, 0] + 0 * x[:, 1]], dim=1)
+
+    greys = rng.standard_normal((2, 6, 7, 8)).astype(np.float32)
+    volumes = [read_volume(save(grey, np.diag([2, 2, 2, 1.0]), f"{place}.nii")) for place, grey in enumerate(greys)]
+    labels = predict_volume(volumes, bundle(First(), in_channels=2))
+    np.testing.assert_array_equal(labels, greys[0] > 0)
