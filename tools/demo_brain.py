@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from brain_bundle import write_bundle
 from monai.bundle import ConfigParser
-from options import Range, read_options
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import vssm
+from vssm.training.options import Range, read_options
 from vssm.volumes import foreground_ml, load_bundle, predict_volume, read_volume, write_labels
 from vssm.volumes.comparison import draw_comparison
 from vssm.volumes.phantom import LABELS, Phantom, load_phantom, simulate_scan

@@ -3,16 +3,16 @@
 import errno
 import gzip
 import os
-import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import nibabel
 import numpy as np
 
+from ..atomic import replaced_file
 from .errors import VolumeError
 from .reading import SUFFIXES, Volume
 
@@ -54,31 +54,14 @@ def _check_output(path: Path, suffixes: tuple[str, ...], inputs: tuple[Path, ...
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file that appears as `path`, or replaces it, only once it is complete and on disk.
-
-    Whatever happens before that, an interruption included, leaves `path` as it was and no temporary file.
+    """`vssm.atomic.replaced_file` whose refusals by the system are errors for the user.
 
     Raises:
-        VolumeError: if the system refuses (no space, no permission, read-only).
+        VolumeError: no space, no permission, read-only.
     """
-    # a link stays a link: its target is replaced
-    path = Path(path).resolve()
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".partial", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                yield stream
-                stream.flush()
-                os.fsync(stream.fileno())
-            # mkstemp makes files private; results get the rights any new file gets
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(name, 0o666 & ~mask)
-            os.replace(name, path)
-        except BaseException:
-            with suppress(FileNotFoundError):
-                os.unlink(name)
-            raise
+        with replaced_file(path) as stream:
+            yield stream
     except OSError as error:
         remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another place"
         raise VolumeError(f"{path}: cannot be written ({error.strerror or error}); {remedy} and run again") from None

@@ -1,8 +1,8 @@
-"""Options of a tool: a flat YAML file and KEY=VALUE settings, checked against a dataclass; unknown keys are errors."""
+"""Options: a flat YAML file and KEY=VALUE settings, checked against a dataclass; unknown keys are errors."""
 
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -22,11 +22,19 @@ class Range:
     whole: bool = False
 
 
+@dataclass(frozen=True)
+class Choice:
+    """One of these texts."""
+
+    texts: tuple[str, ...]
+
+
 def read_options(options_class: type[OptionsT], path: Path, settings: Iterable[str]) -> OptionsT:
     """Options from a YAML file and from KEY=VALUE settings, which win.
 
     Args:
-        options_class: dataclass with one field per option, of type str, or int, float or list annotated with a Range.
+        options_class: dataclass with one field per option, of type str (maybe annotated with a Choice), bool, dict or
+            list, or int, float or list annotated with a Range. Fields with a default may be left out.
 
     Raises:
         ValueError: a key that is unknown or missing, or a value of the wrong kind, shape or size.
@@ -35,6 +43,8 @@ def read_options(options_class: type[OptionsT], path: Path, settings: Iterable[s
         values = _parse(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); give a configuration file") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 text ({error}); give a configuration file") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: must be a table of options, got {type(values).__name__}; correct it")
     for setting in settings:
@@ -43,10 +53,25 @@ def read_options(options_class: type[OptionsT], path: Path, settings: Iterable[s
             raise ValueError(f"--set {setting}: KEY=VALUE is needed")
         values[key] = _parse(text, f"--set {setting}")
     hints = get_type_hints(options_class, include_extras=True)
-    for complaint, names in (("unknown", values.keys() - hints), ("missing", hints.keys() - values)):
+    needed = {field.name for field in fields(options_class) if _has_no_default(field)}
+    for complaint, names in (("unknown", values.keys() - hints), ("missing", needed - values.keys())):
         if names:
             raise ValueError(f"{complaint} option {', '.join(sorted(map(str, names)))}; there are {', '.join(hints)}")
-    return options_class(**{name: _checked(name, hint, values[name]) for name, hint in hints.items()})
+    return options_class(**{name: _checked(name, hints[name], value) for name, value in values.items()})
+
+
+def check_options(options: Any) -> None:
+    """Check the values of a dataclass made in code as `read_options` checks a file's.
+
+    Raises:
+        ValueError: a value of the wrong kind, shape or size.
+    """
+    for name, hint in get_type_hints(type(options), include_extras=True).items():
+        _checked(name, hint, getattr(options, name))
+
+
+def _has_no_default(field: Any) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
 
 
 def _parse(text: str, source: str) -> Any:
@@ -57,14 +82,18 @@ def _parse(text: str, source: str) -> Any:
 
 
 def _checked(name: str, hint: Any, value: Any) -> Any:
-    kind, *ranges = get_args(hint) or (hint,)
+    kind, *limits_given = get_args(hint) or (hint,)
     # YAML reads 1 as an integer and 1e-3 as a text
     if kind is float and type(value) in (int, str):
         with suppress(ValueError):
             value = float(value)
     if type(value) is not kind:
         raise ValueError(f"option {name} must be {kind.__name__}, got {value!r}")
-    for limits in ranges:
+    for limits in limits_given:
+        if isinstance(limits, Choice):
+            if value not in limits.texts:
+                raise ValueError(f"option {name} must be one of {', '.join(limits.texts)}, got {value!r}")
+            continue
         sizes = " x ".join("any" if size is None else str(size) for size in limits.shape) or "one"
         kind_of = "whole numbers" if limits.whole else "numbers"
         needed = f"option {name} must hold {kind_of} from {limits.low:g} to {limits.high:g}, {sizes} of them"

@@ -1,0 +1,1 @@
+"""Training segmentation networks on volumes and pictures: data, plan, loop, export. Needs the `medical` extra."""

@@ -1,0 +1,1 @@
+"""What trainers of classifiers and of segmenters share: options, checkpoints, records, diagnosis, interruption."""
