@@ -13,9 +13,9 @@ from monai.losses import DiceCELoss
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ..training.diagnosis import TrainingError, describe_failure
 
-class TrainingError(ArithmeticError):
-    """Training met numbers that are not finite; the message says at which step and where."""
+__all__ = ["PatchSampler", "Recipe", "Step", "TrainingError", "dice_scores", "fit"]
 
 
 @dataclass(frozen=True)
@@ -133,28 +133,11 @@ def fit(
         loss.backward()
         gradient = nn.utils.clip_grad_norm_(network.parameters(), recipe.max_gradient)
         if not (torch.isfinite(loss) and torch.isfinite(gradient)):
-            raise TrainingError(_diagnosis(number, images, logits, loss, network, schedule.get_last_lr()[0]))
+            rate = schedule.get_last_lr()[0]
+            raise TrainingError(describe_failure(number, rate, network, images, [logits], loss))
         optimizer.step()
         schedule.step()
         average.update_parameters(network)
         scores = dice_scores(logits.argmax(dim=1), labels[:, 0], logits.shape[1])
         on_step(Step(number, loss.item(), scores))
     return average.module.eval()
-
-
-def _diagnosis(number: int, images: Tensor, logits: Tensor, loss: Tensor, network: nn.Module, rate: float) -> str:
-    def broken(tensor: Tensor | None) -> bool:
-        return tensor is not None and not bool(torch.isfinite(tensor).all())
-
-    weights = [name for name, parameter in network.named_parameters() if broken(parameter)]
-    gradients = [name for name, parameter in network.named_parameters() if broken(parameter.grad)]
-    if broken(images):
-        cause = "the images hold values that are not finite; check the data"
-    elif weights:
-        cause = f"the weights of {weights[0]} and {len(weights) - 1} more are not finite; lower the learning rate"
-    elif broken(logits):
-        cause = "images and weights are finite, the network's output is not; look for an operation that overflows"
-    else:
-        named = gradients[0] if gradients else "no single parameter"
-        cause = f"the output is finite, the gradient is not, first in {named}; lower the learning rate"
-    return f"training stopped at step {number}: loss {loss.item():g} at learning rate {rate:.2g}; {cause}"
