@@ -56,6 +56,14 @@ def test_the_network_of_a_plan_takes_its_patches(shape, spacing, flat):
     assert plan.is_flat == flat
 
 
+def test_a_patch_that_is_given_is_kept_and_its_odd_axes_are_not_halved():
+    plan = make_plan(
+        fingerprint((60, 60, 60), (1, 1, 1)), dataset("T1"), GIGABYTES, patch_size=[18, 16, 32], batch_size=3
+    )
+    assert (plan.patch_size, plan.batch_size) == ([18, 16, 32], 3)
+    assert [math.prod(steps) for steps in zip(*plan.strides, strict=True)] == [2, 4, 8]
+
+
 def test_thick_slices_take_the_finer_spacing_of_the_dataset():
     thick = fingerprint((320, 320, 20), (1, 1, 6))
     thick.spacings[:4] = [[1, 1, 4]] * 4

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 DISCLAIMER = "research software, not a medical device: no result may be used for diagnosis or treatment"
 WRONG_INPUT = 2
-_MEDICAL_EXTRA = ("monai", "nibabel", "matplotlib")
+_MEDICAL_EXTRA = ("monai", "nibabel", "matplotlib", "accelerate")
 
 
 class CommandError(Exception):

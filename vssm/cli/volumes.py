@@ -1,4 +1,4 @@
-"""`vssm segment`, `vssm evaluate` and `vssm view`: labels of CT and MR volumes, how good they are, how they look."""
+"""`vssm segment`, `evaluate`, `view` and `export-bundle`: labels of volumes, how good they are, how they look."""
 
 import argparse
 import time
@@ -10,7 +10,7 @@ from .common import DISCLAIMER, CommandError, add_command, is_terminal, medical,
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
-    """Declare `segment`, `evaluate` and `view`."""
+    """Declare `segment`, `evaluate`, `view` and `export-bundle`."""
     segment = add_command(
         commands,
         _segment,
@@ -104,6 +104,20 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     view.add_argument("--prediction", metavar="FILE", help="label map on the image's grid")
     view.add_argument("--reference", metavar="FILE", help="another, to compare with")
     view.add_argument("--names", nargs="+", default=(), metavar="LABEL=NAME", help="names of labels")
+
+    export = add_command(
+        commands,
+        _export_bundle,
+        "export-bundle",
+        "write the network of a training run as a MONAI bundle",
+        "vssm export-bundle runs/abdomen -o abdomen_bundle",
+        "The bundle is checked. Bundles of 3-D networks with one channel also serve `vssm segment --bundle`.",
+    )
+    export.add_argument("run_folder", metavar="RUN", help="folder that tools/train_segmenter.py wrote")
+    export.add_argument("-o", "--output", metavar="FOLDER", required=True, help="folder of the bundle")
+    export.add_argument(
+        "--checkpoint", choices=("best", "last"), default="best", help="which weights (default: %(default)s)"
+    )
 
 
 def _segment(options: argparse.Namespace) -> None:
@@ -242,3 +256,14 @@ def _view(options: argparse.Namespace) -> None:
     for remark in remarks:
         note(remark)
     print(f"wrote {options.output}; open it in a browser")
+
+
+def _export_bundle(options: argparse.Namespace) -> None:
+    volumes = medical("vssm.volumes")
+    exporting = medical("vssm.segmentation.exporting")
+    try:
+        folder = exporting.export_bundle(options.run_folder, options.output, options.checkpoint)
+    except volumes.VolumeError as error:
+        raise CommandError(str(error)) from None
+    print(f"wrote {folder}; run it as {folder}/docs/README.md says")
+    note(DISCLAIMER)

@@ -373,7 +373,8 @@ class Run:
         share = min(0.7, (available or 0) / needed) if available else 0.7
         return (
             f"a batch of {self.plan.batch_size} patches of {self.plan.patch_size} needs about {needed / 1e9:.1f} "
-            f"GB, more than {self.accelerator.device} has left; by estimate patch_size {fitting_patch(self.plan, share)} fits"
+            f"GB, more than {self.accelerator.device} has left; by estimate patch_size "
+            f"{fitting_patch(self.plan, share)} fits"
         )
 
     def _draw(self) -> None:

@@ -25,7 +25,8 @@ class TrainingOptions:
         folds, fold: cross-validation; fold -1 trains and validates on every case.
         flat: a 2-D network on the slices across the last axis (top).
         spacing: mm along right, front, top (default: planned).
-        resize: rows and columns, and 1, of pictures (default: as they are).
+        resize: size to which cases are resized instead of resampled to a spacing, 0 leaves an axis: rows, columns and
+            1 of pictures, for example [256, 256, 1]; slices of volumes, for example [224, 224, 0].
         patch_size: voxels along right, front, top (default: planned).
         batch_size: patches of a process (default 0: planned).
         normalisation: a key of `vssm.segmentation.planning.NORMALISATIONS`, or "planned".
@@ -64,7 +65,7 @@ class TrainingOptions:
     fold: Annotated[int, Range(-1, 999)] = 0
     flat: bool = False
     spacing: Annotated[list, Range(1e-3, 1e3, (3,))] = field(default_factory=list)
-    resize: Annotated[list, _SIZE] = field(default_factory=list)
+    resize: Annotated[list, Range(0, 10**5, (3,), whole=True)] = field(default_factory=list)
     patch_size: Annotated[list, _SIZE] = field(default_factory=list)
     batch_size: Annotated[int, Range(0, 10**4)] = 0
     normalisation: Annotated[str, Choice(("planned", "ct", "zscore", "zscore_nonzero", "dataset"))] = "planned"

@@ -52,8 +52,8 @@ class Plan:
     """Everything about the data that the network and its training depend on.
 
     Attributes:
-        spacing: mm, to which cases are resampled; ignored for pictures.
-        resize: rows, columns, 1 to which pictures are resized; three zeros leave them.
+        spacing: mm, to which volumes are resampled, unless they are resized.
+        resize: size to which cases are resized; 0 leaves an axis as it is.
         patch_size: voxels; a last size of 1 is a 2-D network.
         batch_size: patches of one process and one accumulation step.
         normalisation: a key of `NORMALISATIONS`.
@@ -130,7 +130,7 @@ def make_plan(
             patch = _smaller(patch, spacing, median)
     else:
         patch = list(patch_size)
-    strides, kernels = _topology(patch, spacing)
+    strides, kernels = _topology(patch, spacing, exact=True)
     per_patch = activation_bytes(patch, spacing, 1, precision, len(dataset.labels))
     if batch_size == 0:
         allowed = _LARGEST_BATCH_SHARE * float(sizes.prod(axis=1).sum()) / math.prod(patch)
@@ -268,8 +268,14 @@ def _smaller(patch: list[int], spacing: np.ndarray, median: np.ndarray) -> list[
     return rounded if math.prod(rounded) < math.prod(patch) else shorter
 
 
-def _topology(patch: Sequence[int], spacing: Sequence[float]) -> tuple[list[list[int]], list[list[int]]]:
-    """Strides and kernel sizes of each stage: axes are halved, the finest first, while 4 voxels are left."""
+def _topology(
+    patch: Sequence[int], spacing: Sequence[float], exact: bool = False
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Strides and kernel sizes of each stage: axes are halved, the finest first, while 4 voxels are left.
+
+    Args:
+        exact: never halve an odd size, for patches that are not to be rounded up.
+    """
     flat = patch[2] == 1
     dims = 2 if flat else 3
     sides, lengths = list(patch), list(spacing)
@@ -284,7 +290,7 @@ def _topology(patch: Sequence[int], spacing: Sequence[float]) -> tuple[list[list
         ]
         strides.append(stride)
         kernels.append(kernel)
-        able = [axis for axis in range(dims) if sides[axis] >= 2 * _MIN_EDGE]
+        able = [axis for axis in range(dims) if sides[axis] >= 2 * _MIN_EDGE and not (exact and sides[axis] % 2)]
         if not able or len(strides) >= _MAX_STAGES[dims]:
             break
         finest = min(lengths[axis] for axis in able)

@@ -57,15 +57,13 @@ class PreparedCase:
 def preprocessing_steps(plan: Plan, pictures: bool) -> list[dict[str, Any]]:
     """The deterministic transforms of the image, as entries of a bundle's `preprocessing`."""
     image = {"keys": "image"}
+    size = [side or -1 for side in plan.resize]
+    grid = [{"_target_": "Resized", **image, "spatial_size": size, "mode": "trilinear"}] if any(plan.resize) else []
     if pictures:
-        spatial = []
-        if all(plan.resize):
-            spatial = [{"_target_": "Resized", **image, "spatial_size": plan.resize, "mode": "trilinear"}]
+        spatial = grid
     else:
-        spatial = [
-            {"_target_": "Orientationd", **image, "axcodes": "RAS", "labels": None},
-            {"_target_": "Spacingd", **image, "pixdim": plan.spacing, "mode": "bilinear"},
-        ]
+        resampled = {"_target_": "Spacingd", **image, "pixdim": plan.spacing, "mode": "bilinear"}
+        spatial = [{"_target_": "Orientationd", **image, "axcodes": "RAS", "labels": None}, *(grid or [resampled])]
     if plan.normalisation == "ct":
         mean, std = plan.intensity_mean[0], max(plan.intensity_std[0], 1e-8)
         low, high = plan.intensity_low[0], plan.intensity_high[0]

@@ -10,7 +10,7 @@ import torch
 
 from ..volumes.memory import available_memory
 from .datasets import Dataset, read_dataset
-from .fingerprint import take_fingerprint, write_fingerprint
+from .fingerprint import Fingerprint, take_fingerprint, write_fingerprint
 from .options import TrainingOptions
 from .planning import Plan, check_plan, make_plan, read_plan, write_plan
 
@@ -36,15 +36,8 @@ def obtain_plan(
     if path.exists():
         return read_plan(path, dataset)
     fingerprint = take_fingerprint(dataset, progress)
-    if all(options.resize) and options.resize:
-        fingerprint = dataclasses.replace(fingerprint, shapes=[options.resize] * len(dataset.cases))
-    if options.spacing:
-        sizes = zip(fingerprint.shapes, fingerprint.spacings, strict=True)
-        shapes = [
-            [max(1, round(n * mm / new)) for n, mm, new in zip(*case, options.spacing, strict=True)] for case in sizes
-        ]
-        spacings = [options.spacing] * len(dataset.cases)
-        fingerprint = dataclasses.replace(fingerprint, shapes=shapes, spacings=spacings)
+    if options.resize or options.spacing:
+        fingerprint = _on_grid(fingerprint, options)
     memory = options.memory_gb * 1e9
     if memory == 0:
         memory = min(_PLANNED_GB * 1e9, device_memory(device) or _PLANNED_GB * 1e9)
@@ -59,6 +52,20 @@ def obtain_plan(
     write_fingerprint(fingerprint, output / "fingerprint.json")
     write_plan(plan, path)
     return plan
+
+
+def _on_grid(fingerprint: Fingerprint, options: TrainingOptions) -> Fingerprint:
+    """The same data set with the sizes and spacings that the options ask for."""
+    shapes, spacings = [], []
+    for shape, spacing in zip(fingerprint.shapes, fingerprint.spacings, strict=True):
+        extent = [n * mm for n, mm in zip(shape, spacing, strict=True)]
+        if options.resize:
+            shapes.append([new or old for new, old in zip(options.resize, shape, strict=True)])
+            spacings.append([mm / n for mm, n in zip(extent, shapes[-1], strict=True)])
+        else:
+            shapes.append([max(1, round(mm / new)) for mm, new in zip(extent, options.spacing, strict=True)])
+            spacings.append(options.spacing)
+    return dataclasses.replace(fingerprint, shapes=shapes, spacings=spacings)
 
 
 def plan_only(
