@@ -160,8 +160,10 @@ def _preprocessing(plan: Plan, dataset: dict[str, Any]) -> list[dict[str, Any]]:
             step |= {"spatial_size": plan.resize[:2], "mode": "bilinear"}
     colours = -1 if len(dataset["channels"]) > 1 else "no_channel"
     return [
-        {"_target_": "LoadImaged", **image, "reader": "PILReader", "reverse_indexing": False},
+        {"_target_": "LoadImaged", **image, "reader": "PILReader"},
         {"_target_": "EnsureChannelFirstd", **image, "channel_dim": colours},
+        # MONAI reads columns first and writes them so
+        {"_target_": "Transposed", **image, "indices": [0, 2, 1]},
         *steps,
     ]
 
@@ -241,7 +243,7 @@ def _card(state: dict[str, Any], plan: Plan) -> str:
         f"validation: {state['dice']:.4f}. This is research software, not a medical device.\n\n"
         f"Spacing {plan.spacing} mm, patches of {plan.patch_size} voxels (right, front, top), normalisation "
         f"{plan.normalisation}.\n\n## Labels\n\n{labels}\n\n## Use\n\n"
-        "With MONAI, nibabel and pytorch-ignite installed, in the bundle's folder:\n\n"
+        "With MONAI, nibabel, pytorch-ignite and fire installed, in the bundle's folder:\n\n"
         "    python -m monai.bundle run --config_file configs/inference.json --meta_file configs/metadata.json "
         "--bundle_root . --dataset_dir IMAGES --output_dir RESULTS\n"
     )
