@@ -21,6 +21,8 @@ _BOTH = ("image", "labels")
 _ELONGATED = 1.5
 # and an axis this much shorter than the others is not rotated into them
 _THIN = 3
+# nnU-Net multiplies coordinates by 0.7 to 1.4, which zooms by the inverse
+_ZOOM = (1 / 1.4, 1 / 0.7)
 # what a rotation and a scaling can bring in from outside; nnU-Net reads as much more
 _MARGIN = 1.3
 
@@ -83,12 +85,14 @@ def _spatial(plan: Plan) -> tuple[list[mt.Transform], list[int]]:
     angle = math.radians(degrees)
     ranges = (angle,) if dims == 2 else tuple(angle if axis in normals else 0.0 for axis in range(3))
     turned = [axis for axis in range(dims) if dims == 2 or len(normals) == 3 or axis not in normals]
-    modes = {"mode": ("bilinear", "nearest"), "padding_mode": "zeros"}
-    # RandAffine multiplies coordinates by 1 + s: the inverse of a zoom from 0.7 to 1.4
-    scales = [(1 / 1.4 - 1, 1 / 0.7 - 1) if axis in turned else (0.0, 0.0) for axis in range(dims)]
-    rotation = mt.RandAffined(_BOTH, prob=0.2, rotate_range=ranges, **modes)
-    scaling = mt.RandAffined(_BOTH, prob=0.2, scale_range=scales, **modes)
-    return [rotation, scaling], turned
+    rotation = mt.RandAffined(_BOTH, prob=0.2, rotate_range=ranges, mode=("bilinear", "nearest"), padding_mode="zeros")
+    # one factor for all axes, unless thick slices keep theirs
+    low, high = _ZOOM
+    if len(turned) < dims:
+        low, high = ([limit if axis in turned else 1.0 for axis in range(dims)] for limit in _ZOOM)
+    smooth = {2: "bilinear", 3: "trilinear"}[dims]
+    zoom = mt.RandZoomd(_BOTH, prob=0.2, min_zoom=low, max_zoom=high, mode=(smooth, "nearest"), padding_mode="constant")
+    return [rotation, zoom], turned
 
 
 def _intensities(dims: int) -> list[mt.Transform]:

@@ -39,7 +39,7 @@ from .planning import activation_bytes, fitting_patch
 from .preparing import prepare_cases
 from .schedule import rate_at
 from .setting_up import device_memory, obtain_plan
-from .validating import case_dice, mean_dice, predict_case
+from .validating import case_dice, mean_dice, one_output, predict_case
 
 LAST, BEST = "last.pt", "best.pt"
 # options that a resumed run may change: they do not touch the numbers
@@ -123,8 +123,11 @@ class Run:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         self.network, self.optimizer = self.accelerator.prepare(network, optimizer)
         self.plain = self.accelerator.unwrap_model(self.network)
+        self._check_network()
         self.average = ModelEmaV3(self.plain, decay=options.average_decay) if options.average_decay else None
         self.loss_of = make_loss(options)
+        # dropout differs between processes
+        torch.manual_seed(options.seed + self.accelerator.process_index)
         self.step, self.best, self.losses, self.norms = 0, -math.inf, [], []
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -163,7 +166,10 @@ class Run:
             # several processes must agree to stop: they look at the end of an epoch only
             if interruption.requested and accelerator.num_processes == 1:
                 return True
-            loss, dice = self._train_step(batches)
+            try:
+                loss, dice = self._train_step(batches)
+            except torch.OutOfMemoryError:
+                raise VolumeError(self._too_large()) from None
             self.step += 1
             if accelerator.is_main_process:
                 on_step(Moment(self.step, options.epochs * options.steps_per_epoch, loss, dice))
@@ -202,13 +208,10 @@ class Run:
         return self.losses[-1], dice_scores(outputs[0].argmax(dim=1), batch[1][:, 0], len(self.dataset.labels))
 
     def _forward(self, images: Tensor, labels: Tensor) -> tuple[list[Tensor], Tensor]:
-        try:
-            with self.accelerator.autocast():
-                outputs = self.network(images)
-            outputs = list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
-            return outputs, self.loss_of(outputs, labels)
-        except torch.OutOfMemoryError:
-            raise VolumeError(self._too_large(device_memory(self.accelerator.device))) from None
+        with self.accelerator.autocast():
+            outputs = self.network(images)
+        outputs = list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
+        return outputs, self.loss_of(outputs, labels)
 
     def _failure(self, rate: float, batch: tuple[Tensor, Tensor, tuple], outputs: list[Tensor], loss: Tensor) -> str:
         """Save the batch and say what broke."""
@@ -358,19 +361,40 @@ class Run:
         self.losses, self.norms = checkpoint["losses"], checkpoint["norms"]
         set_random_state(states[self.accelerator.process_index])
 
+    def _check_network(self) -> None:
+        """Raise ValueError unless the network takes a patch and returns a channel per label on the same grid."""
+        size, name = self.plan.network_size, self.definition["_target_"]
+        patch = torch.zeros(1, len(self.dataset.channels), *size, device=self.accelerator.device)
+        try:
+            with one_output(self.plain), torch.inference_mode(), self.accelerator.autocast():
+                logits = self.plain(patch)
+        # what networks raise for a size that they cannot take; theirs that are ValueErrors say which they can
+        except (RuntimeError, IndexError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise VolumeError(self._too_large()) from None
+            raise ValueError(f"{name} fails for a patch of {size} ({error}); choose another patch_size") from None
+        expected = (1, len(self.dataset.labels), *size)
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        if found != expected:
+            raise ValueError(
+                f"{name} returns {found} for a patch of {size}, {expected} is needed; choose another patch_size or "
+                "correct network_arguments"
+            )
+
     def _check_memory(self) -> None:
-        available = device_memory(self.accelerator.device)
-        if available is not None and self._needed() > available:
-            raise VolumeError(self._too_large(available))
+        self.available = device_memory(self.accelerator.device)
+        if self.available is not None and self._needed() > self.available:
+            raise VolumeError(self._too_large())
 
     def _needed(self) -> int:
         plan = self.plan
         labels = len(self.dataset.labels)
         return activation_bytes(plan.patch_size, plan.spacing, plan.batch_size, self.options.precision, labels)
 
-    def _too_large(self, available: int | None) -> str:
+    def _too_large(self) -> str:
         needed = self._needed()
-        share = min(0.7, (available or 0) / needed) if available else 0.7
+        # where the estimate said that it fits, it was too low
+        share = 0.7 if self.available is None else min(0.7, self.available / needed)
         return (
             f"a batch of {self.plan.batch_size} patches of {self.plan.patch_size} needs about {needed / 1e9:.1f} "
             f"GB, more than {self.accelerator.device} has left; by estimate patch_size "
