@@ -10,11 +10,11 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from tqdm import tqdm
 
+from vssm.cli.common import WRONG_INPUT, Parser
 from vssm.segmentation import Moment, TrainingOptions, plan_only, train
 from vssm.training.diagnosis import TrainingError
 from vssm.training.options import read_options
@@ -23,16 +23,8 @@ EXAMPLE = """examples:
   python tools/train_segmenter.py --config configs/medical/abdomen_ct.yaml --output runs/ct --set data=Dataset701
   python tools/train_segmenter.py --config configs/medical/abdomen_ct.yaml --output runs/ct --resume
   torchrun --nproc-per-node 2 tools/train_segmenter.py --config configs/medical/brats2023.yaml --output runs/brats"""
-WRONG_INPUT = 2
 FAILED = 1
 INTERRUPTED = 130
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line in one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(WRONG_INPUT, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 class Bar:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from vssm.segmentation import fitting, train
 from vssm.segmentation.fitting import BEST, LAST
@@ -144,6 +145,20 @@ def test_accumulated_batches_are_one_large_batch(plain_options, tmp_path):
 def test_workers_change_nothing(finished, options, tmp_path):
     train(replace(options, workers=1), tmp_path / "run")
     assert_same_run(finished, tmp_path / "run")
+
+
+def test_bf16_is_near_float32_and_keeps_float32_weights(plain_options, tmp_path):
+    train(plain_options, tmp_path / "no")
+    # accelerate keeps one precision for a process
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        train(replace(plain_options, precision="bf16"), tmp_path / "bf16")
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    exact, rounded = (read_rows(tmp_path / name / "metrics.csv")[0]["loss"] for name in ("no", "bf16"))
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=0.02)
+    assert {value.dtype for value in load_checkpoint(tmp_path / "bf16" / LAST)["iterate"].values()} == {torch.float32}
 
 
 def test_it_learns_what_is_easy(plain_options, tmp_path):

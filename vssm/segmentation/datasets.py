@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from monai.data import partition_dataset
 
 from ..volumes.errors import VolumeError
+from ..volumes.json_files import read_json_object
 from ..volumes.reading import SUFFIXES
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
@@ -120,14 +120,7 @@ def split_folds(cases: Sequence[Case], folds: int, fold: int, seed: int) -> tupl
 
 
 def _listed(path: Path) -> Dataset:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise VolumeError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
-    except ValueError as error:
-        raise VolumeError(f"{path}: is not JSON ({error}); correct it") from None
-    if not isinstance(content, dict):
-        raise VolumeError(f"{path}: must hold a JSON object, got {type(content).__name__}; correct it")
+    content = read_json_object(path, "check its permissions")
     numbered = content.get("channel_names", content.get("modality", {"0": "image"}))
     if not isinstance(numbered, dict) or sorted(numbered) != sorted(map(str, range(len(numbered)))):
         raise VolumeError(f"{path}: channel_names must number the channels '0', '1', ..., got {numbered}; correct it")

@@ -30,6 +30,7 @@ from vssm.checkpoint import read_checkpoint
 
 from .digests import digest_files
 from .errors import VolumeError
+from .json_files import read_json_object
 
 DEFAULT_BUNDLE = "brain_tissue_demo"
 _NETWORKS = {"vssm.networks": vssm.networks, "monai.networks.nets": monai.networks.nets}
@@ -113,7 +114,7 @@ def load_bundle(path: str | Path) -> Bundle:
     """
     path = Path(path)
     source, described = (path / "configs" / name for name in ("inference.json", "metadata.json"))
-    inference, metadata = _read_json(source), _read_json(described)
+    inference, metadata = (read_json_object(file, "a MONAI bundle needs it") for file in (source, described))
     sections = {name: _entry(source, inference, name) for name in ("network_def", "preprocessing", "inferer")}
     for name, section in sections.items():
         _refuse_expressions(source, name, section)
@@ -170,18 +171,6 @@ def _learned_from(source: Path, section: Any) -> dict[str, Any]:
 
 def _is_positive(values: Any, count: int, kind: type | tuple[type, ...]) -> bool:
     return isinstance(values, list) and len(values) == count and all(isinstance(v, kind) and v > 0 for v in values)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise VolumeError(f"{path}: cannot be read ({error.strerror}); a MONAI bundle needs it") from None
-    except ValueError as error:
-        raise VolumeError(f"{path}: is not JSON ({error}); correct it") from None
-    if not isinstance(content, dict):
-        raise VolumeError(f"{path}: must hold a JSON object, got {type(content).__name__}; correct it")
-    return content
 
 
 def _entry(source: Path, config: dict[str, Any], *names: str) -> Any:
