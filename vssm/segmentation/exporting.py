@@ -55,7 +55,9 @@ def export_bundle(run: str | Path, folder: str | Path, checkpoint: str = "best")
     if missing:
         raise VolumeError(f"{run}: its {checkpoint} checkpoint lacks {', '.join(sorted(missing))}; train anew")
     plan = Plan(**state["plan"])
-    definition, weights = _single_output(state["definition"], state["network"])
+    # a file that training began from is not needed, and not there on other machines
+    definition = {name: value for name, value in state["definition"].items() if name != "encoder_weights"}
+    definition, weights = _single_output(definition, state["network"])
     packed = io.BytesIO()
     torch.save(weights, packed)
     inference = _inference(definition, plan, state["dataset"], state["options"]["overlap"])

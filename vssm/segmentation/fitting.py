@@ -111,6 +111,8 @@ class Run:
         torch.manual_seed(options.seed)
         self.definition = define_network(options, self.plan, self.dataset)
         network = build_network(self.definition)
+        if self.accelerator.num_processes > 1 and self.accelerator.device.type == "cuda":
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         optimizer = create_optimizer_v2(
             network,
             opt=options.optimizer,
@@ -119,8 +121,6 @@ class Run:
             filter_bias_and_bn=False,
             **({"momentum": options.momentum} if options.optimizer == "sgd" else {}),
         )
-        if self.accelerator.num_processes > 1 and self.accelerator.device.type == "cuda":
-            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         self.network, self.optimizer = self.accelerator.prepare(network, optimizer)
         self.plain = self.accelerator.unwrap_model(self.network)
         self._check_network()
