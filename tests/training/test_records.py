@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vssm.training.records import Records, draw_curves, read_rows
@@ -35,10 +36,11 @@ def test_resuming_drops_rows_after_the_checkpoint_and_a_new_run_drops_all(tmp_pa
     assert read_rows(tmp_path / "metrics.csv") == []
 
 
-def test_a_row_cut_off_by_a_power_cut_is_dropped(tmp_path):
+@pytest.mark.parametrize("cut", ["1", "3,0.", "2,0.5,"])
+def test_a_row_cut_off_by_a_power_cut_is_dropped(tmp_path, cut):
     write(tmp_path, [1, 2])
     with (tmp_path / "metrics.csv").open("a") as stream:
-        stream.write("3,0.")
+        stream.write(cut)
     write(tmp_path, [], done=2)
     assert [row["epoch"] for row in read_rows(tmp_path / "metrics.csv")] == [1, 2]
 

@@ -39,7 +39,7 @@ def draw_worst_cases(cases: Sequence[DrawnCase], names: Sequence[str], path: Pat
     Raises:
         VolumeError: the picture cannot be written.
     """
-    colours = matplotlib.colormaps["tab20"].colors
+    colours = matplotlib.colormaps["Set1"].colors
     figure = Figure(figsize=(9, 4.6 * len(cases)), facecolor="black", layout="constrained")
     FigureCanvasAgg(figure)
     for row, case in zip(figure.subplots(len(cases), 2, squeeze=False), cases, strict=True):
@@ -57,7 +57,7 @@ def draw_worst_cases(cases: Sequence[DrawnCase], names: Sequence[str], path: Pat
                 outline = outline.T
             for label in np.unique(outline[outline > 0]):
                 colour = colours[(label - 1) % len(colours)]
-                axes.contour(outline == label, levels=[0.5], colors=[colour], linewidths=1)
+                axes.contour(outline == label, levels=[0.5], colors=[colour], linewidths=1.5)
             axes.set_title(f"{case.name}, {title}, Dice {case.dice:.3f}, slice {index}", color="white", fontsize=9)
             axes.set_axis_off()
     lines = [Line2D([], [], color=colours[index % len(colours)], label=name) for index, name in enumerate(names[1:])]

@@ -56,8 +56,10 @@ def read_rows(path: Path) -> list[dict[str, float]]:
     """The rows of metrics.csv as numbers, without empty fields; none if there is no such file."""
     if not path.exists():
         return []
-    with path.open(encoding="utf-8", newline="") as stream:
-        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(stream)]
+    text = path.read_text(encoding="utf-8")
+    # a process killed while it wrote leaves a line without its end: "1" of "12,0.5" is no row of epoch 1
+    whole = text[: text.rfind("\n") + 1].splitlines()
+    return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(whole)]
 
 
 def draw_curves(path: Path, panels: Mapping[str, Sequence[str]], picture: Path) -> None:
