@@ -16,7 +16,7 @@ DATA = Dataset("d", ("T1", "T2"), ("background", "organ"), ())
 
 def test_a_network_of_plans_gets_its_stages_from_the_plan_and_the_options_win():
     options = TrainingOptions(
-        data="", network="vssm.networks.UMambaEnc", network_arguments={"features": [4, 6], "mamba_stages": [1]}
+        data="", network="vssm.networks.UMambaEnc", network_arguments={"features": [4, 6], "mixer_stages": [1]}
     )
     definition = define_network(options, PLAN, DATA)
     assert definition["strides"] == PLAN.strides
