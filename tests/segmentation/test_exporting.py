@@ -206,5 +206,6 @@ def test_several_channels_train_and_export(plain_options, tmp_path):
     export_bundle(tmp_path / "run", tmp_path / "bundle", "last")
     metadata = json.loads((tmp_path / "bundle" / "configs" / "metadata.json").read_text())
     assert metadata["network_data_format"]["inputs"]["image"]["num_channels"] == 2
+    assert load_bundle(tmp_path / "bundle").labels == ("background", "ball", "box")
     (written,) = run_bundle(tmp_path / "bundle", one_case(tmp_path / "raw", tmp_path / "images"), tmp_path / "out")
     assert nibabel.load(written).shape == nibabel.load(tmp_path / "raw" / "labelsTr" / "case1.nii.gz").shape

@@ -111,7 +111,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         "export-bundle",
         "write the network of a training run as a MONAI bundle",
         "vssm export-bundle runs/abdomen -o abdomen_bundle",
-        "The bundle is checked. Bundles of 3-D networks with one channel also serve `vssm segment --bundle`.",
+        "The bundle is checked. Bundles of 3-D networks also serve `vssm segment --bundle`.",
     )
     export.add_argument("run_folder", metavar="RUN", help="folder that tools/train_segmenter.py wrote")
     export.add_argument("-o", "--output", metavar="FOLDER", required=True, help="folder of the bundle")
