@@ -1,7 +1,7 @@
 """The trainers through nnU-Net's own commands, on crops of the ICBM brain: plan, train, validate, predict.
 
-nnU-Net is copied to a temporary folder, where `install` may write and where an epoch is two steps; nothing else of it
-is changed.
+nnU-Net is copied to a temporary folder, where `install` may write, an epoch is two steps and nothing is mirrored in
+validation; nothing else of it is changed.
 """
 
 import json
@@ -35,6 +35,8 @@ SHORT = {
     "num_epochs = 1000": "num_epochs = 1",
     "num_iterations_per_epoch = 250": "num_iterations_per_epoch = 2",
     "num_val_iterations_per_epoch = 50": "num_val_iterations_per_epoch = 1",
+    # Else the validation passes eight mirror images of every case through the network.
+    "use_mirroring=True": "use_mirroring=False",
 }
 # What the console script of that name does, wherever it was installed.
 CONSOLE_SCRIPT = """
@@ -60,8 +62,9 @@ class NNUNet:
             code = code.replace(published, short)
         trainer.write_text(code)
         self.environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join([str(package.parent), str(Path(vssm.__file__).parents[1])]),
-            "nnUNet_n_proc_DA": "1",
+            "PYTHONPATH": os.pathsep.join(
+                [str(package.parent), str(Path(vssm.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+            ),
             "nnUNet_def_n_proc": "1",
             "MPLBACKEND": "agg",
         }
@@ -115,6 +118,8 @@ def nnunet(tmp_path_factory):
     nnunet = NNUNet(folder)
     write_dataset(folder / "raw" / DATASET)
     nnunet.run("nnUNetv2_plan_and_preprocess", "-d", 901, "-c", "3d_fullres", "-npfp", 1, "-np", 1)
+    # Augment in the process that trains; planning wants a positive number.
+    nnunet.environment["nnUNet_n_proc_DA"] = "0"
     done = nnunet.python("-m", "vssm.integrations.nnunet", "install")
     assert done.returncode == 0, done.stdout
     yield nnunet
@@ -143,7 +148,7 @@ def test_trains_validates_and_predicts_through_the_command_line(nnunet, trainer)
     image = nnunet.folder / "raw" / DATASET / "imagesTr" / "icbm_1_0000.nii.gz"
     shutil.copy(image, images)
     options = ["-d", 901, "-c", "3d_fullres", "-f", "all", "-tr", trainer, "-device", "cpu", "-npp", 1, "-nps", 1]
-    nnunet.run("nnUNetv2_predict", "-i", images, "-o", predictions, *options)
+    nnunet.run("nnUNetv2_predict", "-i", images, "-o", predictions, "--disable_tta", *options)
     predicted = nibabel.load(predictions / "icbm_1.nii.gz")
     assert predicted.shape == (SIZE,) * 3
     assert np.allclose(predicted.affine, nibabel.load(image).affine)
