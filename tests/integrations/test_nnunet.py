@@ -127,6 +127,8 @@ def nnunet(tmp_path_factory):
     shutil.rmtree(folder)
 
 
+# About a dozen processes, each of which imports torch and nnU-Net.
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_trains_validates_and_predicts_through_the_command_line(nnunet, trainer):
     nnunet.run("nnUNetv2_train", 901, "3d_fullres", "all", "-tr", trainer, "-device", "cpu")
