@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml $(wildcard kernels/*)
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-nnunet lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python tools/demo_brain.py
@@ -14,11 +14,16 @@ test: $(VENV)/.test
 	# One thread a worker: oversubscribed OpenMP threads wait for one another.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
+# In an environment of its own, because nnunetv2 wants an older timm.
+test-nnunet:
+	$(MAKE) VENV=$(VENV)-nnunet $(VENV)-nnunet/.nnunet
+	$(VENV)-nnunet/bin/python -m pytest tests/integrations/test_nnunet.py $(PYTEST_ARGS)
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build demo
+	rm -rf $(VENV) $(VENV)-nnunet build demo
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -30,4 +35,8 @@ $(VENV)/.demo: $(BIN)/python $(SOURCES)
 
 $(VENV)/.test: $(BIN)/python $(SOURCES)
 	$(BIN)/python -m pip install -e ".[test]"
+	touch $@
+
+$(VENV)/.nnunet: $(BIN)/python $(SOURCES)
+	$(BIN)/python -m pip install -e ".[nnunet]" pytest pytest-timeout
 	touch $@

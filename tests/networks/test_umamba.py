@@ -158,6 +158,41 @@ def test_plans_without_a_needed_key_are_refused_by_its_name():
         UMambaEnc.from_plans(plans, 1, 2)
 
 
+def as_later_plans_have_it(plans, blocks="n_conv_per_stage", **overrides):
+    """`plans` in the words of nnU-Net since "architecture" holds the network's arguments."""
+    depth = len(plans["conv_kernel_sizes"])
+    arguments = {
+        "n_stages": depth,
+        "features_per_stage": [
+            min(plans["UNet_base_num_features"] * 2**s, plans["unet_max_num_features"]) for s in range(depth)
+        ],
+        "kernel_sizes": plans["conv_kernel_sizes"],
+        "strides": plans["pool_op_kernel_sizes"],
+        blocks: plans["n_conv_per_stage_encoder"],
+        "n_conv_per_stage_decoder": plans["n_conv_per_stage_decoder"],
+    }
+    return {"patch_size": plans["patch_size"], "architecture": {"arch_kwargs": arguments | overrides}}
+
+
+@pytest.mark.parametrize("name", PARITY)
+@pytest.mark.parametrize("blocks", ["n_conv_per_stage", "n_blocks_per_stage"])
+def test_plans_of_later_versions_make_the_same_network(name, blocks):
+    plans = parity.load(GOLDEN / f"{name}.json")["source"]["kwargs"]["plans"]
+    variant = VARIANTS[name[:10]]
+    early, later = (variant.from_plans(p, 1, 2) for p in (plans, as_later_plans_have_it(plans, blocks)))
+    assert str(early) == str(later)
+
+
+def test_later_plans_that_do_not_fit_are_refused():
+    plans = parity.load(GOLDEN / "umamba_bot_2d.json")["source"]["kwargs"]["plans"]
+    with pytest.raises(ValueError, match=r"features_per_stage is \[8, 12, 16\]"):
+        UMambaBot.from_plans(as_later_plans_have_it(plans, features_per_stage=[8, 12, 16]), 1, 2)
+    lacking = as_later_plans_have_it(plans)
+    del lacking["architecture"]["arch_kwargs"]["strides"]
+    with pytest.raises(ValueError, match="lacks pool_op_kernel_sizes"):
+        UMambaBot.from_plans(lacking, 1, 2)
+
+
 # Arguments of `small` and image sizes, written for 3-D; in 2-D the first axis is left out.
 SHAPES = [
     (dict(), (8, 32, 16)),

@@ -51,6 +51,31 @@ class MambaLayer(nn.Module):
             return tokens.reshape(x.shape)
 
 
+# What plans of nnU-Net 2.1, from which U-Mamba was made, call the arguments in "architecture" of later ones; residual
+# encoders have blocks for convolutions.
+_EARLY_WORDS = {
+    "kernel_sizes": "conv_kernel_sizes",
+    "strides": "pool_op_kernel_sizes",
+    "n_conv_per_stage": "n_conv_per_stage_encoder",
+    "n_blocks_per_stage": "n_conv_per_stage_encoder",
+    "n_conv_per_stage_decoder": "n_conv_per_stage_decoder",
+}
+
+
+def _in_early_words(plans: Mapping) -> Mapping:
+    """One configuration of the plans of any nnU-Net, as nnU-Net 2.1 would have written it."""
+    if "architecture" not in plans:
+        return plans
+    arguments = plans["architecture"]["arch_kwargs"]
+    early = {_EARLY_WORDS[key]: value for key, value in arguments.items() if key in _EARLY_WORDS}
+    if features := arguments.get("features_per_stage"):
+        base, largest = features[0], max(features)
+        if list(features) != [min(base * 2**s, largest) for s in range(len(features))]:
+            raise ValueError(f"features_per_stage is {list(features)}; U-Mamba's double up to the largest")
+        early |= {"UNet_base_num_features": base, "unet_max_num_features": largest}
+    return {key: value for key, value in plans.items() if key != "architecture"} | early
+
+
 class _UMamba(nn.Module):
     """The U-Net both variants share. `token_maps[s]`: the map size where stage s has channel tokens, else None."""
 
@@ -126,8 +151,9 @@ class _UMamba(nn.Module):
         """The published network for one configuration of nnU-Net's plans, e.g. `plans["configurations"]["3d_fullres"]`.
 
         Raises:
-            ValueError: `plans` lacks a key that is needed.
+            ValueError: `plans` lacks a key that is needed, or its features do not double from stage to stage.
         """
+        plans = _in_early_words(plans)
         missing = [key for key in cls._plan_keys if key not in plans]
         if missing:
             raise ValueError(f"plans lacks {', '.join(missing)}; one configuration of nnU-Net's plans is needed")

@@ -1,0 +1,1 @@
+"""Plug-ins for other frameworks; nothing in vssm imports them, and none of the frameworks is needed by vssm."""
