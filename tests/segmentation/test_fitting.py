@@ -111,8 +111,7 @@ def test_a_process_killed_at_a_random_moment_resumes_to_the_same_numbers(options
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     killed = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "killed")], env=environment)
-    metrics = tmp_path / "killed" / "metrics.csv"
-    while killed.poll() is None and len(read_rows(metrics)) < 1:
+    while killed.poll() is None and not (tmp_path / "killed" / LAST).exists():
         time.sleep(0.02)
     time.sleep(random.uniform(0, 0.2))
     killed.send_signal(signal.SIGKILL)
