@@ -130,7 +130,11 @@ def test_nothing_right_of_the_midline_reaches_tuning_or_training(options, monkey
     altered = demo_brain.Demonstration(options)
     assert not torch.equal(altered.scan, honest.scan)
     assert altered.tune([0.0, 0.5]) == honest.tune([0.0, 0.5])
-    for one, two in zip(altered.train("a").parameters(), honest.train("b").parameters(), strict=True):
+    for one, two in zip(
+        altered.train("a", altered.bundle_network).parameters(),
+        honest.train("b", honest.bundle_network).parameters(),
+        strict=True,
+    ):
         torch.testing.assert_close(one, two, atol=0, rtol=0)
 
 
@@ -142,8 +146,8 @@ def test_network_and_control_see_the_same_patches(options, monkeypatch):
 
     monkeypatch.setattr(demo_brain, "fit", record)
     demonstration = demo_brain.Demonstration(options)
-    demonstration.train("a")
-    demonstration.train("b", mixer="none")
+    demonstration.train("a", demonstration.bundle_network)
+    demonstration.train("b", lambda: demonstration.bundle_network(mixer="none"))
     for (images, labels), (others, other_labels) in zip(*seen, strict=True):
         torch.testing.assert_close(images, others, atol=0, rtol=0)
         torch.testing.assert_close(labels, other_labels, atol=0, rtol=0)

@@ -13,6 +13,7 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -98,14 +99,18 @@ class Demonstration:
         scans = [self._scan(self.intensity, generator) for _ in range(self.options.tuning_scans)]
         return tune_thresholds(scans, [self.labels] * len(scans), sigmas)
 
-    def train(self, title: str, **changes: Any) -> nn.Module:
-        """The bundle's network with `changes` to its arguments, trained from random weights on the training box.
+    def bundle_network(self, **changes: Any) -> nn.Module:
+        """The bundle's network with `changes` to its arguments and random weights."""
+        return build(self.definition | {"network_def": self.definition["network_def"] | changes}, "network_def")
+
+    def train(self, title: str, make: Callable[[], nn.Module]) -> nn.Module:
+        """What `make` makes, of one channel and all labels, trained from random weights on the training box.
 
         Every call sees the same patches in the same order.
         """
         options = self.options
         torch.manual_seed(options.seed)
-        network = build(self.definition | {"network_def": self.definition["network_def"] | changes}, "network_def")
+        network = make()
         # the bundle's last step of preprocessing is the one that concerns intensities
         normalize = build(self.definition, "preprocessing").transforms[-1]
         generator = torch.Generator().manual_seed(options.seed)
@@ -183,8 +188,8 @@ def run(options: Options, output: Path, command: str, export: Path | None = None
         thresholds = demonstration.tune(sigmas)
         baselines[name] = demonstration.score(thresholds(demonstration.scan)) | dataclasses.asdict(thresholds)
 
-    network = demonstration.train("U-Mamba")
-    control = demonstration.train("without Mamba", mixer="none")
+    network = demonstration.train("U-Mamba", demonstration.bundle_network)
+    control = demonstration.train("without Mamba", lambda: demonstration.bundle_network(mixer="none"))
     report = {
         "dice": {},
         "baselines": baselines,

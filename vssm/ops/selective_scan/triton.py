@@ -18,9 +18,12 @@ from .triton_forward import carry_kernel, scan_kernel, segment_ends_kernel
 
 MAX_STATES = 256
 # The least number of warps that makes good use of the 528 schedulers of an H200. With fewer, the sequences are cut into
-# segments, which costs one more pass over them, to give about CUT_WARPS.
+# segments, which costs one more pass over them, to give about CUT_WARPS. (Measured: kernels/README.md.)
 FULL_WARPS = 512
-CUT_WARPS = 2048
+CUT_WARPS = 4096
+# Steps of a piece of a sequence with one state, forward and backward: a thread has the registers for more than the
+# sixteen bytes of other pieces, and every line of memory is then touched fewer times.
+ONE_STATE_STEPS, ONE_STATE_BACKWARD_STEPS = 16, 8
 # States of a channel that fill the registers of a thread; with more of them several warps share a channel.
 WARP_STATES = 16
 
@@ -83,10 +86,12 @@ class _Call:
         self.segment_steps, self.segments = segments_of(self.length, chunk, sequences * warps)
         self.programs = sequences * self.segments
         self.A = A.t().contiguous()
+        self.padded_states = triton.next_power_of_2(self.states)
         # Sixteen bytes of a channel a load, which one thread can hold as they are.
         self.steps = 16 // u.element_size()
-        self.padded_states = triton.next_power_of_2(self.states)
-        if window > 1 and self.padded_states > 8:
+        if window == 1 and self.states == 1:
+            self.steps = ONE_STATE_STEPS
+        elif window > 1 and self.padded_states > 8:
             # A thread has no registers to walk eight steps of so many states both ways.
             self.steps = 4
         unit = unit_of(self.length)
@@ -167,7 +172,7 @@ def scan_gradients(
     du, ddelta, dz = torch.empty_like(u), torch.empty_like(delta), None if z is None else torch.empty_like(z)
     call = _Call(u, A, B, delta_softplus, chunk, window)
     states = call.padded_states
-    steps = backward_steps(states, window)
+    steps = ONE_STATE_BACKWARD_STEPS if window == 1 and states == 1 else backward_steps(states, window)
     # (B, S, N, D) with one segment.
     messages = None if grad_last_state is None else grad_last_state.transpose(1, 2).contiguous()
     dA_sums, channel_sums = call.empty_per_segment(), call.empty(2, call.batch, call.segments, call.channels)

@@ -1,11 +1,12 @@
 """Triton kernels of the selective scan: the walk forward, and the carry of states from segment to segment.
 
 One program is one warp. Its lanes are channels of one group; every lane keeps the N states of its channel in registers
-and walks the steps one after the other, a piece of 16 bytes per channel at a time. A step costs an exponential and some
-four other instructions per state, and nothing is exchanged between lanes. By the count of instructions (7 to 10 per
-step and state with N = 16, 40 per step with N = 1) an H200 is bound by the exponentials from N = 16 on and by memory
-below. Scanning over time across lanes would coalesce the loads of the (B, D, L) layout, but compiles to twice as many.
-The price here is that a load touches a line per channel, of which the next pieces find the rest in the L1 cache.
+and walks the steps one after the other, a piece of 16 bytes per channel at a time, or of 16 steps if there is one
+state. A step costs an exponential and some four other instructions per state, and nothing is exchanged between lanes.
+By the count of instructions (7 to 10 per step and state with N = 16, 40 per step with N = 1) an H200 is bound by the
+exponentials from N = 16 on and by memory below. Scanning over time across lanes would coalesce the loads of the
+(B, D, L) layout, but compiles to twice as many. The price here is that a load touches a line per channel, of which the
+next pieces find the rest in the L1 cache.
 
 With a WINDOW, a power of two, the scan is the locally bi-directional one: a step also sees the steps after it in its
 window, for which a window is walked back before it is walked forward. A piece may hold several windows. A window of
