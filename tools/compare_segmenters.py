@@ -97,7 +97,7 @@ def run(options: Options, names: list[str], folder: Path, threads: int) -> list[
     rows = []
     for name in names:
         queue = context.SimpleQueue()
-        process = context.Process(target=measure, args=(name, options, folder, threads, queue))
+        process = context.Process(target=measure, args=(name, options, folder, threads, queue), daemon=True)
         process.start()
         process.join()
         if process.exitcode:
