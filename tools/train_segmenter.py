@@ -1,8 +1,9 @@
 """Train a segmentation network on an nnU-Net folder, a datalist or pairs of files, and resume at any moment.
 
 The run's folder gets plan.yaml (edit it between --plan-only and the run), last.pt and best.pt, metrics.csv,
-tensorboard/, and at the end curves.png and worst_cases.png. `vssm export-bundle RUN -o FOLDER` makes a MONAI bundle of
-it. Several processes or machines: start this file with `torchrun` or `accelerate launch`.
+tensorboard/, and at the end curves.png, worst_cases.png and bundle/, the best network as a MONAI bundle for
+`vssm segment --bundle RUN/bundle` (`vssm export-bundle` writes one at any time). Several processes or machines: start
+this file with `torchrun` or `accelerate launch`.
 """
 
 import argparse
@@ -16,14 +17,17 @@ from tqdm import tqdm
 
 from vssm.cli.common import WRONG_INPUT, Parser
 from vssm.segmentation import Moment, TrainingOptions, plan_only, train
+from vssm.segmentation.exporting import export_bundle
 from vssm.training.diagnosis import TrainingError
 from vssm.training.options import read_options
+from vssm.volumes.errors import VolumeError
 
 EXAMPLE = """examples:
   python tools/train_segmenter.py --config configs/medical/abdomen_ct.yaml --output runs/ct --set data=Dataset701
   python tools/train_segmenter.py --config configs/medical/abdomen_ct.yaml --output runs/ct --resume
   torchrun --nproc-per-node 2 tools/train_segmenter.py --config configs/medical/brats2023.yaml --output runs/brats"""
 FAILED = 1
+BUNDLE = "bundle"
 INTERRUPTED = 130
 
 
@@ -91,7 +95,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{parser.prog}: stopped after step {outcome.steps}; continue with --resume", file=sys.stderr)
         return INTERRUPTED
     if os.environ.get("RANK", "0") == "0":
-        print(f"best mean Dice in validation {outcome.best_dice:.4f}; wrote {given.output}")
+        try:
+            export_bundle(given.output, given.output / BUNDLE)
+        except VolumeError as error:
+            print(f"{parser.prog}: trained, but not exported: {error}", file=sys.stderr)
+            return WRONG_INPUT
+        print(
+            f"best mean Dice in validation {outcome.best_dice:.4f}; wrote {given.output}, with the network in {BUNDLE}/"
+        )
     return 0
 
 
