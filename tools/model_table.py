@@ -100,7 +100,9 @@ def table() -> str:
     for name, row in zoo.measured().items():
         size = " x ".join(map(str, row.input_size[1:]))
         parity_cell = NONE if row.parity is None else f"{row.parity:.1e}"
-        for weights in [facts for key, facts in zoo.published().items() if key.split(".")[0] == name] or [None]:
+        for weights in [
+            facts for key, facts in zoo.published("classification").items() if key.split(".")[0] == name
+        ] or [None]:
             parameters, gflops, top1, licence, link = _published_cells(weights)
             counted = f"{row.parameters:,}", parameters, f"{row.gflops:.2f}", gflops
             lines.append([f"`{name}`", *counted, size, link, top1, licence, parity_cell])
