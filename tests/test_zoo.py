@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,12 @@ import torch
 from timm.models import get_pretrained_cfg
 from timm.models._registry import _model_pretrained_cfgs
 
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
+
+import model_table
+
 from vssm import networks, zoo
+from vssm.classification.results import Result, record
 from vssm.cli import model_names
 from vssm.complexity import complexity
 
@@ -87,11 +93,27 @@ def test_addresses_and_papers_are_those_of_the_model_file(key):
     assert facts.top1 is None or 70 < facts.top1 < 90
 
 
-def test_the_table_covers_every_model():
+def test_the_page_is_the_one_that_its_sources_give():
     assert list(zoo.measured()) == NAMES
     page = (ROOT / "model_zoo" / "README.md").read_text()
+    assert page == model_table.page(), "run python tools/model_table.py --models ''"
     assert all(f"`{name}`" in page for name in NAMES)
     assert all(f"[{key.partition('.')[2]}](" in page for key in TAGGED)
+    assert all(f"[{name}](" in page for name, facts in zoo.published().items() if facts.task != "classification")
+
+
+def test_results_of_evaluations_come_onto_the_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(model_table, "ROOT", tmp_path)
+    assert model_table.NO_RESULTS in model_table.page()
+    row = Result(
+        "vssd_micro.in1k", "", "imagenet-val", 224, 50000, 82.46, 96.01, 0.8, 0.875, "bicubic", "float32", "cpu: x",
+        "vssm", "2026-11-26",
+    )  # fmt: skip
+    record(tmp_path / "model_zoo" / "results.csv", [row, replace(row, data="imagenet-v2", top1=71.5)])
+    page = model_table.page()
+    assert model_table.NO_RESULTS not in page
+    val = "| `vssd_micro.in1k` | imagenet-val | 224 | 50,000 | 82.46 | 96.01 | 82.5 | float32 | cpu: x | 2026-11-26 |"
+    assert val in page and "| imagenet-v2 | 224 | 50,000 | 71.50 | 96.01 | - |" in page
 
 
 @pytest.mark.parametrize("name", NAMES)
