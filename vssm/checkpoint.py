@@ -76,13 +76,20 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
         ValueError: the file is damaged, holds no state dict, or is a pickle that names a global outside the short
             list of harmless ones; the message names the file, the refused global and what to do.
     """
+    return read_wrapped(path)[1]
+
+
+def read_wrapped(path: str | os.PathLike) -> tuple[list[str], dict[str, Tensor]]:
+    """As `read_checkpoint`, and the keys that hold weights in the file, the one that was read first; none if bare."""
     path = os.fspath(path)
     try:
         if path.endswith(".safetensors"):
-            return unwrap(load_file(path))
-        _refuse_inflated(path)
-        with torch.serialization.safe_globals(_STAND_INS):
-            return unwrap(torch.load(path, map_location="cpu", weights_only=True))
+            content = load_file(path)
+        else:
+            _refuse_inflated(path)
+            with torch.serialization.safe_globals(_STAND_INS):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+        return _wrappers_in(content), unwrap(content)
     except _DAMAGED as error:
         refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, UnpicklingError) else None
         if refused is None:
@@ -115,9 +122,8 @@ def unwrap(checkpoint: Mapping) -> dict[str, Tensor]:
     Raises:
         ValueError: what is found is not a mapping of names to tensors.
     """
-    if isinstance(checkpoint, Mapping):
-        found = [key for key in _WRAPPERS if isinstance(checkpoint.get(key), Mapping)]
-        checkpoint = checkpoint[found[0]] if found else checkpoint
+    for key in _wrappers_in(checkpoint)[:1]:
+        checkpoint = checkpoint[key]
     if not isinstance(checkpoint, Mapping) or not checkpoint:
         what = "an empty one" if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
         raise ValueError(f"a state dict (names to tensors) is needed, got {what}")
@@ -128,6 +134,12 @@ def unwrap(checkpoint: Mapping) -> dict[str, Tensor]:
                 f"weights are looked for at the top level and under {', '.join(_WRAPPERS)}"
             )
     return _renamed(checkpoint, _without_prefixes)
+
+
+def _wrappers_in(checkpoint: object) -> list[str]:
+    if not isinstance(checkpoint, Mapping):
+        return []
+    return [key for key in _WRAPPERS if isinstance(checkpoint.get(key), Mapping)]
 
 
 def remap(state_dict: Mapping[str, Tensor], rules: Iterable[Rule]) -> dict[str, Tensor]:

@@ -122,7 +122,7 @@ class Weights:
     @property
     def figures(self) -> str:
         """The published figures in words."""
-        return "; ".join(f"{METRICS[key][0]} {value:.{METRICS[key][1]}f}" for key, value in self.metrics.items())
+        return "; ".join(f"{value:.{METRICS[key][1]}f} ({METRICS[key][0]})" for key, value in self.metrics.items())
 
 
 @dataclass(frozen=True)

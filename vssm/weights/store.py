@@ -120,6 +120,20 @@ def add(facts: Weights, source: Path, folder: Path | None = None) -> Kept:
         return _record(path, entries, facts.name, facts.url or _BY_HAND, facts.sha256)
 
 
+def kept_files(folder: Path | None = None) -> dict[str, Path]:
+    """What the lock file knows and is there: by name of the file, and of the row it was added for.
+
+    Raises:
+        WeightsError: the lock file is damaged.
+    """
+    folder = folder or store_folder()
+    found = {}
+    for file, entry in _read(folder / LOCK_NAME).items():
+        if (folder / file).exists():
+            found |= {name: folder / file for name in (file, entry["weights"]) if name}
+    return found
+
+
 def by_hand(facts: Weights) -> str:
     """What a person does where there is only a page."""
     file = facts.file_name or "the checkpoint"
@@ -131,7 +145,7 @@ def by_hand(facts: Weights) -> str:
         step = f"download {facts.file_name or 'the asset of this model'} under Assets"
     else:
         step = f"download {file}"
-    note = f" ({facts.note})" if facts.note else ""
+    note = f" ({facts.note})" if facts.note and not facts.file_name else ""
     return f"Open {facts.page} in a browser, {step}{note}, then run: vssm zoo add {facts.name} FILE"
 
 
