@@ -326,7 +326,7 @@ def test_classify_uses_the_weights_it_is_given(run, picture, small_models, tmp_p
 
 def test_classify_refuses_to_guess_without_weights(refused, picture):
     line = refused("classify", picture)
-    assert "https://" in line
+    assert "vssm zoo get vmamba_tiny.s1l8_in1k" in line
     assert "--weights FILE" in line
     assert "--random-weights" in line
 

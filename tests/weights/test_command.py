@@ -19,7 +19,7 @@ from vssm import networks, zoo
 from vssm.checkpoint import load_official
 from vssm.classification.results import read_results
 from vssm.hashing import file_sha256
-from vssm.weights.verifying import parity_input
+from vssm.weights.verifying import parity_input, verify
 
 TINY = "vmamba_tiny.s1l8_in1k"
 TOLERANCE = 1e-4
@@ -188,6 +188,13 @@ def test_verify_prints_numbers_of_the_file(run, official_file, tmp_path):
         f"first {logits[0, 0]:.5g} {logits[0, 1]:.5g}",
     ):
         assert part in out
+
+
+def test_the_outputs_that_verify_shows_are_those_of_the_official_code(tmp_path):
+    recorded = load_golden("vim_tiny_224")
+    torch.save({"model": official_state(recorded), "args": argparse.Namespace(lr=1e-3)}, tmp_path / "vim.pth")
+    found = verify(zoo.published()["vim_tiny.in1k"], tmp_path / "vim.pth")
+    assert is_golden(found.outputs["logits"], recorded)
 
 
 def test_verify_says_which_of_two_sets_of_weights_is_read(run, golden, tmp_path):

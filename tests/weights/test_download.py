@@ -90,25 +90,28 @@ def test_a_part_that_is_too_long_starts_anew(fetch, server, tmp_path):
     assert fetch().read_bytes() == CONTENT
 
 
-def test_redirects_are_followed(fetch, server):
-    def moved(handler, content):
+def moved(address: str):
+    """An answer that sends the client elsewhere."""
+
+    def answer(handler, content):
         handler.send_response(302)
-        handler.send_header("Location", f"{server.address}/elsewhere.pth")
+        handler.send_header("Location", address)
         handler.send_header("Content-Length", "0")
         handler.end_headers()
 
-    server.files["elsewhere.pth"] = CONTENT[:5]
-    server.script.append(moved)
-    assert fetch().read_bytes() == CONTENT[:5]
+    return answer
+
+
+def test_redirects_are_followed_and_what_they_lead_to_is_continued(fetch, server):
+    server.files["elsewhere.pth"] = CONTENT[:5000]
+    elsewhere = moved(f"{server.address}/elsewhere.pth")
+    server.script += [elsewhere, breaks_after(2000), elsewhere]
+    assert fetch().read_bytes() == CONTENT[:5000]
+    assert server.ranges == ["", "", "bytes=2000-", "bytes=2000-"]
 
 
 def test_a_redirect_to_a_file_of_this_machine_or_out_of_encryption_is_refused(fetch, server):
-    def moved(handler, content):
-        handler.send_response(302)
-        handler.send_header("Location", "file:///etc/passwd")
-        handler.end_headers()
-
-    server.script.append(moved)
+    server.script.append(moved("file:///etc/passwd"))
     with pytest.raises(DownloadError):
         fetch()
     secure = urllib.request.Request("https://example.org/w.pth")
