@@ -1,4 +1,4 @@
-"""Fixtures of all tests: which native back ends must be there, and poisoned uninitialised memory."""
+"""Fixtures of all tests: native back ends that must be there, poisoned uninitialised memory, the command line."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 
+from vssm import cli
 from vssm.ops import native
 
 REQUIRED = set(filter(None, os.environ.get("VSSM_REQUIRE_BACKENDS", "").split(",")))
@@ -43,3 +44,33 @@ def poisoned_memory(monkeypatch):
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
     for name in ("new_empty",):
         monkeypatch.setattr(torch.Tensor, name, poison(getattr(torch.Tensor, name)))
+
+
+@pytest.fixture
+def run(capsys):
+    """run(*arguments) -> (status, standard output, standard error)."""
+
+    def call(*arguments):
+        try:
+            status = cli.main([str(argument) for argument in arguments])
+        except SystemExit as exit_:
+            status = exit_.code
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def refused(run):
+    """refused(*arguments) -> the one line that a call with status 2 prints."""
+
+    def call(*arguments):
+        status, out, err = run(*arguments)
+        assert status == 2
+        assert out == ""
+        assert err.endswith("\n")
+        assert err.count("\n") == 1
+        assert "Traceback" not in err
+        return err
+
+    return call

@@ -73,6 +73,32 @@ def test_a_file_with_logged_numpy_numbers_is_read(tmp_path):
     assert same(read_checkpoint(str(tmp_path / "a.pth")), WEIGHTS)
 
 
+def test_a_file_with_openmmlabs_logs_is_read_without_openmmlab(tmp_path, monkeypatch):
+    """Its HistoryBuffer stores its own functions, so that the pickle holds calls of getattr."""
+    module = types.ModuleType("mmengine.logging.history_buffer")
+
+    class HistoryBuffer:
+        __module__, __qualname__ = module.__name__, "HistoryBuffer"
+
+        def mean(self):
+            raise AssertionError("called")
+
+        mean.__qualname__, mean.__module__ = "HistoryBuffer.mean", module.__name__
+
+        def __getstate__(self):
+            return {"_log_history": np.arange(3.0), "statistics_methods": {"mean": HistoryBuffer.mean}}
+
+    module.HistoryBuffer = HistoryBuffer
+    logs = {"log_scalars": {"train/loss": HistoryBuffer()}, "runtime_info": {"iter": np.int64(7)}}
+    with monkeypatch.context() as patch:
+        for name in ("mmengine", "mmengine.logging", module.__name__):
+            patch.setitem(sys.modules, name, module if name == module.__name__ else types.ModuleType(name))
+        torch.save({"meta": {}, "state_dict": WEIGHTS, "message_hub": logs}, tmp_path / "epoch_12.pth")
+    assert b"getattr" in (tmp_path / "epoch_12.pth").read_bytes()
+    assert same(read_checkpoint(tmp_path / "epoch_12.pth"), WEIGHTS)
+    assert "mmengine" not in sys.modules
+
+
 def test_a_safetensors_file_is_read(tmp_path):
     save_file(WEIGHTS, tmp_path / "a.safetensors")
     assert same(read_checkpoint(tmp_path / "a.safetensors"), WEIGHTS)

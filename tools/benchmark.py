@@ -20,6 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from measuring import Times, environment, table
 
+from vssm.cli.common import positive
 from vssm.volumes.writing import atomic_file
 
 EXAMPLE = """examples:
@@ -47,13 +48,6 @@ def sizes(text: str) -> tuple[int, ...]:
     if len(numbers) != 4 or min(numbers) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not batch,channels,length,states, e.g. 1,384,3136,16")
     return numbers
-
-
-def positive(text: str) -> int:
-    """A whole number above 0 from the command line."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def run_ops(options: argparse.Namespace, device: torch.device) -> dict[str, list[dict[str, Any]]]:

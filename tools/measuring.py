@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ import timm
 import torch
 
 import vssm
+from vssm.machine import device_name
 from vssm.ops import native
 
 
@@ -110,20 +110,13 @@ def peak_memory(make: Callable[..., Callable[[], Any]], arguments: tuple, thread
 def environment(device: torch.device, threads: int) -> dict[str, Any]:
     """What a figure depends on: date, processor or GPU, threads, versions."""
     level = native.library.vssm_simd_level().decode() if native.library else f"none ({native.reason})"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "device": f"{device.type}: {name}",
+        "device": device_name(device),
         "threads": threads,
         "native kernels": level,
         "versions": {module.__name__: module.__version__ for module in (vssm, torch, timm)},
     }
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    names = [line for line in path.read_text().splitlines() if "model name" in line] if path.exists() else []
-    return names[0].split(":")[1].strip() if names else platform.machine()
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -1,12 +1,13 @@
 """Official weights: safe reading of their files, renaming by a rule table, strict loading.
 
 Nothing in a checkpoint file is executed or imported. Official files are pickles that hold, besides tensors, the
-trainer's configuration; those few class names are read as inert containers and every other global is refused.
+trainer's configuration and logs; those few class names are read as inert containers and every other global is refused.
 """
 
 import os
 import re
 import struct
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from pickle import UnpicklingError
@@ -25,10 +26,12 @@ _DAMAGED = (
     UnpicklingError,
     SafetensorError,
     struct.error,
+    zipfile.BadZipFile,
     AssertionError,
     AttributeError,
     EOFError,
     LookupError,
+    MemoryError,
     RuntimeError,
     TypeError,
     ValueError,
@@ -48,22 +51,21 @@ class _Opaque:
 
 
 # Names met in official pickles -> what is built instead. OrderedDict stands for the attribute containers because
-# torch's restricted unpickler fills only exact dictionaries; numpy numbers come from the trainers' logs.
+# torch's restricted unpickler fills only exact dictionaries. Numbers and arrays of NumPy come from the trainers' logs;
+# OpenMMLab's hold the functions of HistoryBuffer, which pickle writes as calls of getattr: nothing is looked up here.
 _STAND_INS = [
     (OrderedDict, "yacs.config.CfgNode"),
     (OrderedDict, "argparse.Namespace"),
+    (_Opaque, "mmengine.logging.history_buffer.HistoryBuffer"),
+    (_Opaque, "builtins.getattr"),
     (_Opaque, "numpy.dtype"),
-    (_Opaque, "numpy.core.multiarray.scalar"),
-    (_Opaque, "numpy._core.multiarray.scalar"),
+    (_Opaque, "numpy.ndarray"),
+    *(
+        (_Opaque, f"numpy.{core}.multiarray.{name}")
+        for core in ("core", "_core")
+        for name in ("scalar", "_reconstruct")
+    ),
 ]
-
-
-def official_pickles() -> torch.serialization.safe_globals:
-    """Context in which `torch.load(weights_only=True)` also reads the configuration objects of official files.
-
-    They come back as inert containers: no class of theirs is imported and no code of theirs runs.
-    """
-    return torch.serialization.safe_globals(_STAND_INS)
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -74,12 +76,20 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
         ValueError: the file is damaged, holds no state dict, or is a pickle that names a global outside the short
             list of harmless ones; the message names the file, the refused global and what to do.
     """
+    return read_wrapped(path)[1]
+
+
+def read_wrapped(path: str | os.PathLike) -> tuple[list[str], dict[str, Tensor]]:
+    """As `read_checkpoint`, and the keys that hold weights in the file, the one that was read first; none if bare."""
     path = os.fspath(path)
     try:
         if path.endswith(".safetensors"):
-            return unwrap(load_file(path))
-        with official_pickles():
-            return unwrap(torch.load(path, map_location="cpu", weights_only=True))
+            content = load_file(path)
+        else:
+            _refuse_inflated(path)
+            with torch.serialization.safe_globals(_STAND_INS):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+        return _wrappers_in(content), unwrap(content)
     except _DAMAGED as error:
         refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, UnpicklingError) else None
         if refused is None:
@@ -93,6 +103,16 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
         ) from error
 
 
+def _refuse_inflated(path: str) -> None:
+    """ValueError for a zip archive that holds more than its own size, as torch.save, which compresses nothing, never
+    writes: unpacking it could fill the memory."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            content = sum(entry.file_size for entry in archive.infolist())
+        if content > os.path.getsize(path):
+            raise ValueError(f"a compressed archive, which would grow to {content} bytes")
+
+
 def unwrap(checkpoint: Mapping) -> dict[str, Tensor]:
     """The state dict inside a trainer's checkpoint, without the prefixes of DistributedDataParallel and torch.compile.
 
@@ -102,9 +122,8 @@ def unwrap(checkpoint: Mapping) -> dict[str, Tensor]:
     Raises:
         ValueError: what is found is not a mapping of names to tensors.
     """
-    if isinstance(checkpoint, Mapping):
-        found = [key for key in _WRAPPERS if isinstance(checkpoint.get(key), Mapping)]
-        checkpoint = checkpoint[found[0]] if found else checkpoint
+    for key in _wrappers_in(checkpoint)[:1]:
+        checkpoint = checkpoint[key]
     if not isinstance(checkpoint, Mapping) or not checkpoint:
         what = "an empty one" if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
         raise ValueError(f"a state dict (names to tensors) is needed, got {what}")
@@ -115,6 +134,12 @@ def unwrap(checkpoint: Mapping) -> dict[str, Tensor]:
                 f"weights are looked for at the top level and under {', '.join(_WRAPPERS)}"
             )
     return _renamed(checkpoint, _without_prefixes)
+
+
+def _wrappers_in(checkpoint: object) -> list[str]:
+    if not isinstance(checkpoint, Mapping):
+        return []
+    return [key for key in _WRAPPERS if isinstance(checkpoint.get(key), Mapping)]
 
 
 def remap(state_dict: Mapping[str, Tensor], rules: Iterable[Rule]) -> dict[str, Tensor]:

@@ -1,12 +1,16 @@
 """VMamba against outputs of the official code on the same weights (tests/golden, format in parity.py)."""
 
 import argparse
+from dataclasses import replace
+from pathlib import Path
 
 import parity
 import pytest
+import serving
 import timm
 import torch
 from official import assert_names_convert, assert_parity, load_golden, meta_state, official_state, stages_and_logits
+from timm.models import _registry
 
 import vssm.models  # noqa: F401
 from vssm.checkpoint import load_official
@@ -44,6 +48,20 @@ def tiny_file(tiny, tmp_path_factory) -> str:
 
 def test_create_model_reads_an_official_file_with_the_same_result(tiny, tiny_file):
     model = timm.create_model("vmamba_tiny", pretrained=True, pretrained_cfg_overlay={"file": tiny_file})
+    assert_official(model, tiny)
+
+
+def test_create_model_downloads_an_official_file_with_the_same_result(tiny, tiny_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with serving.running() as server:
+        cfg = replace(timm.get_pretrained_cfg("vmamba_tiny"), url=f"{server.address}/vssm1_tiny.pth")
+        monkeypatch.setitem(_registry._model_pretrained_cfgs, "vmamba_tiny", cfg)
+        monkeypatch.setitem(_registry._model_pretrained_cfgs, f"vmamba_tiny.{cfg.tag}", cfg)
+        # The connection breaks once on the way.
+        server.files["vssm1_tiny.pth"] = Path(tiny_file).read_bytes()
+        server.script.append(serving.breaks_after(10_000_000))
+        model = timm.create_model("vmamba_tiny", pretrained=True)
+        assert server.ranges == ["", "bytes=10000000-"]
     assert_official(model, tiny)
 
 

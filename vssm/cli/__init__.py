@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import vssm
 
-from . import info, pictures, volumes
+from . import info, pictures, volumes, zoo
 from .common import WRONG_INPUT, CommandError, Parser
 from .info import model_names
 
@@ -50,6 +50,6 @@ def _parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"vssm {vssm.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (info, volumes, pictures):
+    for module in (info, volumes, pictures, zoo):
         module.add_commands(commands)
     return parser

@@ -66,7 +66,7 @@ def _model_row(name: str) -> tuple[str, ...]:
             counted = complexity(timm.create_model(name), size)
     else:
         size, counted = row.input_size, row
-    weights = [facts for key, facts in zoo.published().items() if key.split(".")[0] == name]
+    weights = zoo.classifiers(name)
     best = max((facts.top1 for facts in weights if facts.top1), default=None)
     return (
         name,

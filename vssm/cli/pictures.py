@@ -114,10 +114,10 @@ def _model_and_image(options: argparse.Namespace) -> tuple[torch.nn.Module, dict
         hint = f"did you mean {close[0]}? " if close else ""
         raise CommandError(f"no model is called {options.model}; {hint}run vssm list to see all")
     if options.weights is None and not options.random_weights:
-        url = timm.get_pretrained_cfg(options.model).url
+        tag = timm.get_pretrained_cfg(options.model).tag
         raise CommandError(
-            f"{options.model} has no weights of its own; download {url} and pass it as --weights FILE, "
-            "or pass --random-weights to try the command with an answer that means nothing"
+            f"{options.model} has no weights of its own; run vssm zoo get {options.model}.{tag} and pass the file that "
+            "it prints as --weights FILE, or pass --random-weights to try the command with an answer that means nothing"
         )
     try:
         with Image.open(options.picture) as picture:

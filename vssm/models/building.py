@@ -2,15 +2,16 @@
 
 import os
 from collections.abc import Mapping
-from urllib.parse import urlsplit
+from pathlib import Path
 
-import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from timm.models._pretrained import PretrainedCfg
 from torch import Tensor, nn
 
-from ..checkpoint import check_match, official_pickles, unwrap
+from .. import zoo
+from ..checkpoint import check_match, read_checkpoint, unwrap
+from ..weights import WeightsError, fetch, get
 
 PYRAMID_FEATURES = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter", "flatten_sequential": True}
 
@@ -43,45 +44,51 @@ def build(
 ) -> nn.Module:
     """timm's `build_model_with_cfg` for a registered `name`, able to read official checkpoint files.
 
-    `kwargs` are the constructor's arguments and timm's own (`features_only`, `pretrained_cfg`, ...).
+    `kwargs` are the constructor's arguments and timm's own (`features_only`, `pretrained_cfg`, `cache_dir`, ...).
+    Weights come from the file that the configuration names, from one that `vssm zoo add` kept, or by a download, whose
+    hash is compared with the one of its first use (see `vssm.weights`).
 
     Raises:
-        RuntimeError: the published weights cannot be downloaded; the message names their address, where to put the
-            file by hand and how to load it.
-        ValueError: the file does not fit the model.
+        RuntimeError: the published weights cannot be downloaded or have another hash than before; the message names
+            their address, where to put the file by hand and how to load it.
+        ValueError: the file is damaged, names code, or does not fit the model.
     """
-    settings = kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")
-    cfg = resolve_pretrained_cfg(name, *settings) if pretrained else None
-    if cfg and not (cfg.has_weights or cfg.state_dict):
-        raise RuntimeError(_by_hand(name, cfg, "its authors offer no direct download"))
-    with official_pickles():
-        try:
-            return build_model_with_cfg(
-                model,
-                name,
-                pretrained,
-                pretrained_filter_fn=checkpoint_filter_fn,
-                feature_cfg=dict(feature_cfg),
-                **kwargs,
-            )
-        # urllib's errors are OSErrors: no network, no such host, HTTP status, broken connection.
-        except OSError as error:
-            if cfg is None or cfg.file or cfg.state_dict or not cfg.url:
-                raise
-            raise RuntimeError(_by_hand(name, cfg, str(error))) from error
+    cfg = None
+    if pretrained:
+        cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        # weights in memory, on the Hugging Face hub or in a folder of its form are timm's business
+        if cfg.state_dict or cfg.source in ("hf-hub", "local-dir") or (cfg.hf_hub_id and not cfg.file):
+            cfg = None
+    if cfg is not None:
+        state = read_checkpoint(cfg.file or _fetched(name, cfg, kwargs.get("cache_dir")))
+        kwargs["pretrained_cfg_overlay"] = {**(kwargs.get("pretrained_cfg_overlay") or {}), "state_dict": state}
+    built = build_model_with_cfg(
+        model, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=dict(feature_cfg), **kwargs
+    )
+    if cfg is not None:
+        # timm keeps its configuration with the model, and inside the wrapper that returns features
+        for holder in (built, getattr(built, "model", built)):
+            holder.pretrained_cfg.pop("state_dict", None)
+    return built
 
 
-def _by_hand(name: str, cfg: PretrainedCfg, reason: str) -> str:
-    """Why the weights of `name` did not come by themselves, and what to do instead."""
-    load = f'timm.create_model("{name}", pretrained=True, pretrained_cfg_overlay=dict(file="PATH"))'
-    if cfg.url:
-        cache = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(urlsplit(cfg.url).path))
-        return (
-            f"the weights of {name} could not be downloaded from {cfg.url} ({reason}). Download that file by hand, "
-            f"save it as {cache} and call again, or save it anywhere and call {load}"
-        )
-    places = " ".join(cfg.notes or ()) or cfg.origin_url or "the address is not known"
-    return f"the weights of {name} could not be downloaded: {reason}. Get them by hand ({places}) and call {load}"
+def _fetched(name: str, cfg: PretrainedCfg, folder: str | os.PathLike | None) -> Path:
+    """The file of the weights of `cfg`, kept or downloaded now."""
+    folder = Path(folder) if folder else None
+    facts = zoo.published().get(f"{name}.{cfg.tag}")
+    try:
+        if facts is not None and facts.url == (cfg.url or ""):
+            return get(facts, folder).path
+        if cfg.url:
+            return fetch(cfg.url, folder).path
+        reason = f"none are known with the tag {cfg.tag}"
+    # the folder cannot be written to, or what is downloaded is not what it must be
+    except (OSError, WeightsError) as error:
+        reason = str(error)
+    raise RuntimeError(
+        f"the weights of {name} cannot be loaded: {reason}. Or save the file anywhere and call "
+        f'timm.create_model("{name}", pretrained=True, pretrained_cfg_overlay=dict(file="PATH"))'
+    )
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

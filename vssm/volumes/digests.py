@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-_READ_STEP = 1 << 20
+from ..hashing import file_sha256
 
 
 def digest_files(paths: Iterable[Path], *words: str) -> str:
@@ -15,11 +15,7 @@ def digest_files(paths: Iterable[Path], *words: str) -> str:
     """
     whole = hashlib.sha256()
     for path in paths:
-        content = hashlib.sha256()
-        with path.open("rb") as stream:
-            while block := stream.read(_READ_STEP):
-                content.update(block)
-        whole.update(content.digest())
+        whole.update(bytes.fromhex(file_sha256(path)))
     for word in words:
         whole.update(hashlib.sha256(word.encode()).digest())
     return whole.hexdigest()

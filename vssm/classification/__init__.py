@@ -1,0 +1,1 @@
+"""Image classification: evaluating and training timm models on folders of images."""
