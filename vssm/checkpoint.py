@@ -178,18 +178,40 @@ def load_official(module: nn.Module, path_or_state_dict: str | os.PathLike | Map
     """Load official weights into a vssm model or network, strictly.
 
     Args:
-        module: a model or network with a `convert_official(state_dict)` method, which every one of vssm's has.
+        module: a model or network with a `convert_official(state_dict)` method, which every one of vssm's has; or a
+            detector or segmentor of OpenMMLab whose `backbone` has one (`vssm.integrations.openmmlab`): neck and heads
+            have the packages' own names.
         path_or_state_dict: a checkpoint file (see `read_checkpoint`), its content, or a bare state dict. Names in
             vssm's own format are accepted too.
 
     Raises:
         ValueError: names or shapes that do not match, the first ten listed; a missing `num_batches_tracked` is fine.
     """
-    if not hasattr(module, "convert_official"):
+    state_dict = state_dict_of(path_or_state_dict)
+    if hasattr(module, "convert_official"):
+        load_strictly(module, module.convert_official(state_dict))
+    elif hasattr(getattr(module, "backbone", None), "convert_official"):
+        load_strictly(module, _convert_around_backbone(module, state_dict))
+    else:
         raise ValueError(
             f"module must be a vssm model or network, got {type(module).__name__}, which has no convert_official"
         )
-    load_strictly(module, module.convert_official(state_dict_of(path_or_state_dict)))
+
+
+def _convert_around_backbone(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state_dict` with the names under `backbone.` converted; those of layers that our neck has move to `neck.`."""
+    in_neck = getattr(getattr(module, "neck", None), "official_backbone_names", None)
+    backbone, converted = {}, {}
+    for key, value in state_dict.items():
+        part, _, rest = key.partition(".")
+        if part != "backbone":
+            converted[key] = value
+        elif in_neck and re.match(in_neck, rest):
+            converted[f"neck.{rest}"] = value
+        else:
+            backbone[rest] = value
+    own = module.backbone.convert_official(backbone)
+    return converted | {f"backbone.{key}": value for key, value in own.items()}
 
 
 def state_dict_of(path_or_state_dict: str | os.PathLike | Mapping) -> dict[str, Tensor]:
