@@ -87,6 +87,12 @@ def test_a_file_fetched_by_its_address_gets_its_name_later(facts, folder):
     assert get(facts, folder).weights == facts.name == lock(folder)["vmamba.pth"]["weights"]
 
 
+def test_a_file_of_the_same_name_from_elsewhere_is_not_taken_for_it(facts, folder, server):
+    get(facts, folder, quiet=True)
+    with pytest.raises(WeightsError, match=rf"came from {facts.url}, not from http://localhost"):
+        fetch(f"http://localhost:{server.server_port}/vmamba.pth", folder, quiet=True)
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [

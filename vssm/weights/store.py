@@ -68,13 +68,16 @@ def fetch(url: str, folder: Path | None = None, name: str = "", sha256: str = ""
         quiet: no progress bar.
 
     Raises:
-        WeightsError: it cannot be downloaded (the message says what a person can do), or it has not the published
-            hash, or not that of its first use.
+        WeightsError: it cannot be downloaded (the message says what a person can do), it has not the published hash or
+            not that of its first use, or a file of that name is there from another address.
         OSError: the folder cannot be written to.
     """
     folder = folder or store_folder()
     path = folder / PurePosixPath(unquote(urlsplit(url).path)).name
     with _locked(folder) as entries:
+        known = entries.get(path.name, {}).get("source", url)
+        if known not in (url, _BY_HAND):
+            raise WeightsError(f"{path} came from {known}, not from {url}; choose another folder for this one")
         if not path.exists():
             try:
                 download(url, path, lambda whole: _check(whole, path.name, entries, sha256), quiet)
