@@ -151,7 +151,9 @@ def _parser() -> Parser:
     parser.add_argument("--interpolation", choices=("bilinear", "bicubic"), help="of resizing (default: the model's)")
     parser.add_argument("--batch-size", type=positive, default=128, help="at the model's size (default: %(default)s)")
     parser.add_argument("--amp", choices=PRECISIONS, default="none", help="autocast (default: %(default)s)")
-    parser.add_argument("--channels-last", action="store_true", help="memory layout of pictures and weights")
+    parser.add_argument(
+        "--channels-last", action="store_true", help="memory layout of the weights, which pictures follow"
+    )
     parser.add_argument("--compile", action="store_true", help="compile the model")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=usable_device, default=device, help="default: %(default)s")
