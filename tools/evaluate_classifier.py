@@ -94,7 +94,7 @@ def _evaluate(options: argparse.Namespace, folders: dict[str, Path]) -> None:
                 batch_size=max(1, round(options.batch_size * min(1, usual / size) ** 2)),
                 workers=options.workers,
                 amp=PRECISIONS[options.amp],
-                progress=partial(tqdm, desc=f"{data} {size}", unit="batch", disable=not sys.stderr.isatty()),
+                progress=partial(tqdm, desc=f"{data} {size}", unit="batch", disable=None),
             )
             record(options.output, [result])
             print(as_line(result), flush=True)

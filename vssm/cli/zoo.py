@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from vssm import weights, zoo
 
-from .common import CommandError, add_command, is_terminal, note, positive, print_table, usable_device
+from .common import CommandError, add_command, note, positive, print_table, usable_device
 
 _FOLDER = "folder of kept files (default: torch's cache of downloads; TORCH_HOME moves it)"
 _FILE = "use this file instead of the kept or downloaded one"
@@ -160,7 +160,7 @@ def _get(options: argparse.Namespace) -> None:
     # all names are looked up before the first download
     for facts in [_facts(name) for name in options.names]:
         with _explained(facts):
-            kept = weights.get(facts, options.folder, quiet=not is_terminal())
+            kept = weights.get(facts, options.folder)
         print(f"{facts.name}  {kept.path}  sha256 {kept.sha256}")
         note(f"licence of these weights: {facts.weights_licence}")
 
@@ -228,7 +228,7 @@ def _rate(options: argparse.Namespace, facts: zoo.Weights, model: nn.Module, dig
         sha256=digest,
         batch_size=options.batch_size,
         workers=options.workers,
-        progress=partial(tqdm, desc="imagenet-val", unit="batch", disable=not is_terminal()),
+        progress=partial(tqdm, desc="imagenet-val", unit="batch", disable=None),
     )
     print(as_line(result))
     if facts.top1 is not None:
@@ -241,7 +241,7 @@ def _rate(options: argparse.Namespace, facts: zoo.Weights, model: nn.Module, dig
 def _file(facts: zoo.Weights, options: argparse.Namespace) -> Path:
     if options.file is not None:
         return options.file
-    return weights.get(facts, options.folder, quiet=not is_terminal()).path
+    return weights.get(facts, options.folder).path
 
 
 def _kept(folder: Path | None) -> dict[str, Path]:
