@@ -134,6 +134,23 @@ def test_rows_that_are_done_are_kept_when_a_later_one_fails(run, weights, tmp_pa
     assert status == 2 and "no such folder" in err and [row.data for row in rows] == ["imagenet-val"]
 
 
+def test_a_picture_that_cannot_be_read_is_one_line_with_its_name(weights, tmp_path, capsys):
+    val = write_pictures(tmp_path / "val", {NUMBERS[7]: [10, 20]})
+    (val / NUMBERS[7] / "1.png").write_bytes(b"no picture")
+    arguments = ["vmamba_tiny", "--weights", weights("vmamba_tiny"), "--imagenet-val", val, "--workers", 1]
+    assert evaluate_classifier.main([*map(str, arguments), "--output", str(tmp_path / "r.csv")]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "Traceback" not in line
+    assert line.startswith(f"evaluate_classifier.py: {val / NUMBERS[7] / '1.png'} cannot be read as a picture")
+
+
+def test_a_device_that_is_not_there_is_one_line(capsys):
+    for device in ("cuda:77", "abacus"):
+        with pytest.raises(SystemExit) as caught:
+            evaluate_classifier.main(["vmamba_tiny", "--folder", ".", "--device", device])
+        assert caught.value.code == 2 and f"'{device}' cannot be used" in capsys.readouterr().err
+
+
 def test_weights_that_are_not_finite_end_with_status_1(run, weights, tmp_path):
     val = write_pictures(tmp_path / "val", {NUMBERS[7]: [10]})
     model = timm.create_model("vmamba_tiny")

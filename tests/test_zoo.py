@@ -69,6 +69,12 @@ def test_a_row_says_where_the_file_is_what_loads_it_and_on_what_terms(name):
     assert all(low < value < high for value in facts.metrics.values())
 
 
+@pytest.mark.parametrize("name", [name for name, facts in zoo.published().items() if facts.config])
+def test_the_configuration_of_a_row_is_there_and_names_its_model(name):
+    facts = zoo.published()[name]
+    assert re.search(rf"\b{facts.model_name}\b", (ROOT / facts.config).read_text())
+
+
 def test_two_rows_share_a_file_only_where_their_authors_do():
     shared = Counter(facts.url for facts in zoo.published().values() if facts.url)
     twice = [url for url, count in shared.items() if count > 1]

@@ -26,7 +26,7 @@ from vssm import zoo
 from vssm.checkpoint import load_official
 from vssm.classification.rating import DATA_SETS, rate
 from vssm.classification.results import as_line, record
-from vssm.cli.common import WRONG_INPUT, Parser, positive
+from vssm.cli.common import WRONG_INPUT, Parser, positive, usable_device
 from vssm.hashing import file_sha256
 from vssm.weights import WeightsError, get
 
@@ -67,7 +67,6 @@ def main(arguments: list[str] | None = None) -> int:
 def _evaluate(options: argparse.Namespace, folders: dict[str, Path]) -> None:
     """Record one row for each size and folder, the smallest size first, each as soon as it is known."""
     model, name, digest = None, "", ""
-    device = torch.device(options.device)
     config = resolve_data_config(
         {key: value for key in ("crop_pct", "interpolation") if (value := getattr(options, key))},
         pretrained_cfg=_cfg(options.model).to_dict(),
@@ -77,7 +76,7 @@ def _evaluate(options: argparse.Namespace, folders: dict[str, Path]) -> None:
         # a model for one size only is made anew for each
         if model is None or _cfg(options.model).fixed_input_size:
             model, name, digest = _load(options, size)
-            model = model.to(device).eval()
+            model = model.to(options.device).eval()
             if options.channels_last:
                 model = model.to(memory_format=torch.channels_last)
             if options.compile:
@@ -95,7 +94,7 @@ def _evaluate(options: argparse.Namespace, folders: dict[str, Path]) -> None:
                 batch_size=max(1, round(options.batch_size * min(1, usual / size) ** 2)),
                 workers=options.workers,
                 amp=PRECISIONS[options.amp],
-                progress=partial(tqdm, desc=f"{data} {size}", unit="batch", disable=not sys.stderr.isatty()),
+                progress=partial(tqdm, desc=f"{data} {size}", unit="batch", disable=None),
             )
             record(options.output, [result])
             print(as_line(result), flush=True)
@@ -152,9 +151,12 @@ def _parser() -> Parser:
     parser.add_argument("--interpolation", choices=("bilinear", "bicubic"), help="of resizing (default: the model's)")
     parser.add_argument("--batch-size", type=positive, default=128, help="at the model's size (default: %(default)s)")
     parser.add_argument("--amp", choices=PRECISIONS, default="none", help="autocast (default: %(default)s)")
-    parser.add_argument("--channels-last", action="store_true", help="memory layout of pictures and weights")
+    parser.add_argument(
+        "--channels-last", action="store_true", help="memory layout of the weights, which pictures follow"
+    )
     parser.add_argument("--compile", action="store_true", help="compile the model")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=usable_device, default=device, help="default: %(default)s")
     parser.add_argument("--workers", type=int, default=4, help="processes that read pictures (default: %(default)s)")
     parser.add_argument(
         "--output", type=Path, default=Path("model_zoo/results.csv"), metavar="CSV", help="default: %(default)s"

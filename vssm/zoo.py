@@ -100,9 +100,9 @@ class Weights:
 
     def __post_init__(self):
         if self.task not in TASKS:
-            raise TypeError(f"task must be one of {', '.join(TASKS)}, got {self.task!r}")
+            raise ValueError(f"task must be one of {', '.join(TASKS)}, got {self.task!r}")
         if unknown := self.metrics.keys() - METRICS.keys():
-            raise TypeError(f"unknown metrics {', '.join(sorted(unknown))}; there are {', '.join(METRICS)}")
+            raise ValueError(f"unknown metrics {', '.join(sorted(unknown))}; there are {', '.join(METRICS)}")
 
     @property
     def model_name(self) -> str:
@@ -172,7 +172,7 @@ def published(task: str | None = None) -> dict[str, Weights]:
         for name, facts in content["weights"].items():
             try:
                 found[name] = Weights(name=name, family=path.stem, **{**content["source"], **facts})
-            except TypeError as error:
+            except (TypeError, ValueError) as error:
                 raise ValueError(f"{path}: {name}: {error}") from None
     return dict(sorted(found.items()))
 

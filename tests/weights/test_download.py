@@ -23,7 +23,7 @@ def fetch(server, tmp_path):
     server.files["w.pth"] = CONTENT
 
     def call(**options):
-        download(f"{server.address}/w.pth", tmp_path / "w.pth", quiet=True, **options)
+        download(f"{server.address}/w.pth", tmp_path / "w.pth", **options)
         return tmp_path / "w.pth"
 
     return call
@@ -225,5 +225,5 @@ def test_a_killed_download_is_continued(server, tmp_path):
     process.kill()
     process.wait()
     assert not path.exists()
-    download(f"{server.address}/w.pth", path, quiet=True)
+    download(f"{server.address}/w.pth", path)
     assert path.read_bytes() == CONTENT and server.ranges[-1].startswith("bytes=")

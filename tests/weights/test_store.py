@@ -32,7 +32,7 @@ def lock(folder) -> dict:
 
 
 def test_the_first_use_records_the_hash_and_the_second_needs_no_network(facts, folder, server):
-    kept = get(facts, folder, quiet=True)
+    kept = get(facts, folder)
     assert kept.path.read_bytes() == CONTENT and (kept.sha256, kept.bytes) == (DIGEST, 7000)
     assert kept.weights == facts.name and kept.source == facts.url
     written = (folder / LOCK_NAME).read_text()
@@ -49,7 +49,7 @@ def test_a_file_that_was_there_before_is_recorded(facts, folder, server):
 
 
 def test_a_file_that_changed_since_is_not_used_but_left(facts, folder):
-    path = get(facts, folder, quiet=True).path
+    path = get(facts, folder).path
     path.write_bytes(b"other")
     with pytest.raises(WeightsError, match=rf"but had {DIGEST} when it was first used; it was not used"):
         get(facts, folder)
@@ -57,11 +57,11 @@ def test_a_file_that_changed_since_is_not_used_but_left(facts, folder):
 
 
 def test_a_file_that_its_server_replaced_is_not_even_kept(facts, folder, server):
-    path = get(facts, folder, quiet=True).path
+    path = get(facts, folder).path
     path.unlink()
     server.files["vmamba.pth"] = b"other"
     with pytest.raises(WeightsError, match="first used"):
-        get(facts, folder, quiet=True)
+        get(facts, folder)
     assert not path.exists() and list(folder.glob("*.partial*")) == []
     assert lock(folder)["vmamba.pth"]["sha256"] == DIGEST
 
@@ -69,22 +69,28 @@ def test_a_file_that_its_server_replaced_is_not_even_kept(facts, folder, server)
 def test_a_hash_that_the_authors_publish_is_held_to(facts, folder):
     wrong = replace(facts, sha256="0" * 64)
     with pytest.raises(WeightsError, match="its authors publish 0000"):
-        get(wrong, folder, quiet=True)
+        get(wrong, folder)
     assert not (folder / "vmamba.pth").exists() and not (folder / LOCK_NAME).exists()
-    assert get(replace(facts, sha256=DIGEST), folder, quiet=True).sha256 == DIGEST
+    assert get(replace(facts, sha256=DIGEST), folder).sha256 == DIGEST
 
 
 def test_a_failed_download_says_what_to_do_by_hand(facts, folder, server):
     server.files.clear()
     with pytest.raises(WeightsError) as caught:
-        get(facts, folder, quiet=True)
+        get(facts, folder)
     for part in (facts.url, "HTTP 404", "by hand", str(folder / "vmamba.pth")):
         assert part in str(caught.value)
 
 
 def test_a_file_fetched_by_its_address_gets_its_name_later(facts, folder):
-    assert fetch(facts.url, folder, quiet=True).weights == ""
+    assert fetch(facts.url, folder).weights == ""
     assert get(facts, folder).weights == facts.name == lock(folder)["vmamba.pth"]["weights"]
+
+
+def test_a_file_of_the_same_name_from_elsewhere_is_not_taken_for_it(facts, folder, server):
+    get(facts, folder)
+    with pytest.raises(WeightsError, match=rf"came from {facts.url}, not from http://localhost"):
+        fetch(f"http://localhost:{server.server_port}/vmamba.pth", folder)
 
 
 @pytest.mark.parametrize(
@@ -134,12 +140,12 @@ def test_a_damaged_lock_file_is_named_and_left(facts, folder, content):
     folder.mkdir()
     (folder / LOCK_NAME).write_text(content)
     with pytest.raises(WeightsError, match=rf"{LOCK_NAME} is damaged .* restore it"):
-        get(facts, folder, quiet=True)
+        get(facts, folder)
     assert (folder / LOCK_NAME).read_text() == content
 
 
 def _get(url: str, folder: str) -> str:
-    return fetch(url, store.Path(folder), quiet=True).sha256
+    return fetch(url, store.Path(folder)).sha256
 
 
 def test_many_processes_fetch_a_file_once(facts, folder, server):

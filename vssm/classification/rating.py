@@ -67,7 +67,11 @@ def rate(
     else:
         dataset = class_folder(folder, model.num_classes)
     loader = evaluation_loader(dataset, config, size, batch_size, device, workers)
-    got = evaluate(model, progress(loader), device, amp, classes)
+    try:
+        got = evaluate(model, progress(loader), device, amp, classes)
+    except ValueError as error:
+        # a process that reads pictures puts its traceback before the sentence
+        raise ValueError(str(error).rpartition("ValueError: ")[2].strip()) from None
     return Result(
         weights=weights,
         sha256=sha256,

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+import torch
+
 DISCLAIMER = "research software, not a medical device: no result may be used for diagnosis or treatment"
 WRONG_INPUT = 2
 _MEDICAL_EXTRA = ("monai", "nibabel", "matplotlib", "accelerate")
@@ -68,3 +70,14 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def usable_device(text: str) -> torch.device:
+    """A device of this machine from the command line: cpu, cuda, cuda:1, ..."""
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    # torch without CUDA refuses it by an assertion
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used ({str(error).splitlines()[0]})") from None
+    return device

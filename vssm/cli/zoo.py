@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import difflib
 import fnmatch
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+from torch import nn
 from tqdm import tqdm
 
 from vssm import weights, zoo
 
-from .common import CommandError, add_command, note, positive, print_table
+from .common import CommandError, add_command, note, positive, print_table, usable_device
 
 _FOLDER = "folder of kept files (default: torch's cache of downloads; TORCH_HOME moves it)"
 _FILE = "use this file instead of the kept or downloaded one"
@@ -90,7 +93,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     verify.add_argument("--imagenet-val", type=Path, metavar="FOLDER", help="validation set in folders n01440764, ...")
     verify.add_argument("--batch-size", type=positive, default=64, help="pictures at once (default: %(default)s)")
     verify.add_argument("--workers", type=int, default=4, help="processes that read pictures (default: %(default)s)")
-    verify.add_argument("--device", default="cpu", help="to evaluate on (default: %(default)s)")
+    verify.add_argument("--device", type=usable_device, default="cpu", help="to evaluate on (default: %(default)s)")
     verify.add_argument("--results", type=Path, metavar="CSV", help="also record the evaluation as a row of this file")
     _folder(verify)
 
@@ -156,7 +159,8 @@ def _show(options: argparse.Namespace) -> None:
 def _get(options: argparse.Namespace) -> None:
     # all names are looked up before the first download
     for facts in [_facts(name) for name in options.names]:
-        kept = _reported(facts, lambda facts=facts: weights.get(facts, options.folder, quiet=not sys.stderr.isatty()))
+        with _explained(facts):
+            kept = weights.get(facts, options.folder)
         print(f"{facts.name}  {kept.path}  sha256 {kept.sha256}")
         note(f"licence of these weights: {facts.weights_licence}")
 
@@ -166,12 +170,9 @@ def _add(options: argparse.Namespace) -> None:
     from vssm.weights.models import meta_model, own_names
 
     facts = _facts(options.name)
-
-    def add() -> weights.Kept:
+    with _explained(facts):
         own_names(facts, meta_model(facts), read_checkpoint(options.file))
-        return weights.add(facts, options.file, options.folder)
-
-    kept = _reported(facts, add)
+        kept = weights.add(facts, options.file, options.folder)
     print(f"{facts.name}  {kept.path}  sha256 {kept.sha256}")
 
 
@@ -179,7 +180,8 @@ def _convert(options: argparse.Namespace) -> None:
     from vssm.weights.converting import convert
 
     facts = _facts(options.name)
-    metadata = _reported(facts, lambda: convert(facts, _file(facts, options), options.output))
+    with _explained(facts):
+        metadata = convert(facts, _file(facts, options), options.output)
     for key, value in metadata.items():
         print(f"{key:<16} {value}")
     print(f"wrote {options.output}")
@@ -192,55 +194,54 @@ def _verify(options: argparse.Namespace) -> None:
     facts = _facts(options.name)
     if options.imagenet_val and facts.task != "classification":
         raise CommandError(f"--imagenet-val rates classifiers, {facts.name} is for {facts.task}")
-    path = _reported(facts, lambda: _file(facts, options))
-    found = _reported(facts, lambda: verify(facts, path))
-    digest = file_sha256(path)
+    with _explained(facts):
+        path = _file(facts, options)
+        found = verify(facts, path)
+        digest = file_sha256(path)
     others = f", which also holds {', '.join(found.wrappers[1:])}" if found.wrappers[1:] else ""
+    rest = f"; {found.others} tensors of heads and necks were not looked at" if found.others else ""
     print(f"file        {path}, {path.stat().st_size} bytes")
     print(f"SHA-256     {digest}")
     print(f"read from   {found.wrappers[0] if found.wrappers else 'top level'}{others}; published: {facts.wrapper}")
-    rest = f"; {found.others} tensors of heads and necks were not looked at" if found.others else ""
     print(f"names       all {found.matched} tensors fit {facts.model_name}{rest}")
     for name, output in found.outputs.items():
         print(f"{name:<11} {numbers_of(output)}")
     if options.imagenet_val:
-        _rate(options, facts, found.model, digest)
+        with _explained(facts):
+            _rate(options, facts, found.model, digest)
 
 
-def _rate(options: argparse.Namespace, facts: zoo.Weights, model, digest: str) -> None:
+def _rate(options: argparse.Namespace, facts: zoo.Weights, model: nn.Module, digest: str) -> None:
     from timm.data import resolve_data_config
 
     from vssm.classification.rating import rate
     from vssm.classification.results import as_line, record
 
     config = resolve_data_config({}, model=model)
-    result = _reported(
-        facts,
-        lambda: rate(
-            model.to(options.device),
-            "imagenet-val",
-            options.imagenet_val,
-            config["input_size"][-1],
-            config,
-            weights=facts.name,
-            sha256=digest,
-            batch_size=options.batch_size,
-            workers=options.workers,
-            progress=lambda loader: tqdm(loader, desc="imagenet-val", unit="batch", disable=not sys.stderr.isatty()),
-        ),
+    result = rate(
+        model.to(options.device),
+        "imagenet-val",
+        options.imagenet_val,
+        config["input_size"][-1],
+        config,
+        weights=facts.name,
+        sha256=digest,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        progress=partial(tqdm, desc="imagenet-val", unit="batch", disable=None),
     )
     print(as_line(result))
     if facts.top1 is not None:
         print(f"published   top-1 {facts.top1:.1f} %, a difference of {result.top1 - facts.top1:+.2f}")
     if options.results:
-        _reported(facts, lambda: record(options.results, [result]))
+        record(options.results, [result])
         print(f"wrote {options.results}")
 
 
 def _file(facts: zoo.Weights, options: argparse.Namespace) -> Path:
     if options.file is not None:
         return options.file
-    return weights.get(facts, options.folder, quiet=not sys.stderr.isatty()).path
+    return weights.get(facts, options.folder).path
 
 
 def _kept(folder: Path | None) -> dict[str, Path]:
@@ -269,10 +270,11 @@ def _facts(name: str) -> zoo.Weights:
     raise CommandError(f"no weights are called {name}; {hint}run vssm zoo list to see all")
 
 
-def _reported(facts: zoo.Weights, call):
-    """What `call` returns; what goes wrong in it is the user's line."""
+@contextmanager
+def _explained(facts: zoo.Weights) -> Iterator[None]:
+    """What goes wrong inside is one line for the user."""
     try:
-        return call()
+        yield
     except weights.WeightsError as error:
         raise CommandError(f"the weights {facts.name} cannot be had: {error}") from None
     except (ValueError, FloatingPointError, OSError) as error:

@@ -47,7 +47,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def download(url: str, path: Path, check: Callable[[Path], None] = lambda path: None, quiet: bool = False) -> None:
+def download(url: str, path: Path, check: Callable[[Path], None] = lambda path: None) -> None:
     """Download `url` to `path`, continuing what an earlier call or a broken connection left in PATH.partial.
 
     A part is continued only if the server gave its state a name (ETag or Last-Modified) and still has that state;
@@ -57,7 +57,6 @@ def download(url: str, path: Path, check: Callable[[Path], None] = lambda path: 
         url: http or https; redirects are followed.
         path: appears when all has come and is checked, in one step.
         check: called with the whole file; if it raises, the file is removed.
-        quiet: no progress bar on standard error.
 
     Raises:
         DownloadError: refused by the server, no connection, a page instead of a file, or no space left.
@@ -68,7 +67,7 @@ def download(url: str, path: Path, check: Callable[[Path], None] = lambda path: 
     partial, state = path.with_name(path.name + ".partial"), path.with_name(path.name + ".partial.state")
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            _attempt(url, partial, state, quiet)
+            _attempt(url, partial, state)
             break
         except _Broken as error:
             if attempt == _ATTEMPTS:
@@ -83,7 +82,7 @@ def download(url: str, path: Path, check: Callable[[Path], None] = lambda path: 
     _forget(state)
 
 
-def _attempt(url: str, partial: Path, state: Path, quiet: bool) -> None:
+def _attempt(url: str, partial: Path, state: Path) -> None:
     """One connection, after which the partial file is whole; raises _Broken where another one may help."""
     request = urllib.request.Request(url, headers={"User-Agent": "vssm", "Accept-Encoding": "identity"})
     known = state.read_text(encoding="utf-8") if state.exists() and partial.exists() else ""
@@ -107,10 +106,10 @@ def _attempt(url: str, partial: Path, state: Path, quiet: bool) -> None:
     except (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
         raise _Broken(f"no answer: {error or type(error).__name__}") from None
     with answer:
-        _receive(answer, partial, state, done, quiet)
+        _receive(answer, partial, state, done)
 
 
-def _receive(answer: http.client.HTTPResponse, partial: Path, state: Path, done: int, quiet: bool) -> None:
+def _receive(answer: http.client.HTTPResponse, partial: Path, state: Path, done: int) -> None:
     """What the server sends goes to the end of the first `done` bytes, or replaces them if it sends all."""
     if answer.headers.get_content_type() in _PAGES:
         raise DownloadError("the server sends a web page instead of the file")
@@ -127,7 +126,7 @@ def _receive(answer: http.client.HTTPResponse, partial: Path, state: Path, done:
         # named only now that a part of an older state is gone
         _remember(state, answer.headers)
         try:
-            done = _copy(answer, stream, done, total, quiet)
+            done = _copy(answer, stream, done, total)
         except (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
             raise _Broken(f"the connection broke: {error or type(error).__name__}") from None
         except OSError as error:
@@ -138,10 +137,11 @@ def _receive(answer: http.client.HTTPResponse, partial: Path, state: Path, done:
         raise _Broken(f"the connection broke after {done} of {total} bytes")
 
 
-def _copy(answer: http.client.HTTPResponse, stream: BinaryIO, done: int, total: int | None, quiet: bool) -> int:
+def _copy(answer: http.client.HTTPResponse, stream: BinaryIO, done: int, total: int | None) -> int:
     """The rest of the answer into the file; returns how many bytes the file then has."""
     name = Path(stream.name).stem
-    with tqdm(total=total, initial=done, unit="B", unit_scale=True, unit_divisor=1024, desc=name, disable=quiet) as bar:
+    # None: a bar on terminals only
+    with tqdm(total=total, initial=done, unit="B", unit_scale=True, unit_divisor=1024, desc=name, disable=None) as bar:
         while block := answer.read(_STEP):
             stream.write(block)
             done += len(block)

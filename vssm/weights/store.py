@@ -58,26 +58,28 @@ def store_folder() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
-def fetch(url: str, folder: Path | None = None, name: str = "", sha256: str = "", quiet: bool = False) -> Kept:
+def fetch(url: str, folder: Path | None = None, name: str = "", sha256: str = "") -> Kept:
     """The file behind an address, from the folder if it is there, else downloaded.
 
     Args:
         folder: `store_folder()` if None.
         name: of the weights in the zoo, or "".
         sha256: that the authors publish, or "".
-        quiet: no progress bar.
 
     Raises:
-        WeightsError: it cannot be downloaded (the message says what a person can do), or it has not the published
-            hash, or not that of its first use.
+        WeightsError: it cannot be downloaded (the message says what a person can do), it has not the published hash or
+            not that of its first use, or a file of that name is there from another address.
         OSError: the folder cannot be written to.
     """
     folder = folder or store_folder()
     path = folder / PurePosixPath(unquote(urlsplit(url).path)).name
     with _locked(folder) as entries:
+        known = entries.get(path.name, {}).get("source", url)
+        if known not in (url, _BY_HAND):
+            raise WeightsError(f"{path} came from {known}, not from {url}; choose another folder for this one")
         if not path.exists():
             try:
-                download(url, path, lambda whole: _check(whole, path.name, entries, sha256), quiet)
+                download(url, path, lambda whole: _check(whole, path.name, entries, sha256))
             except DownloadError as error:
                 raise WeightsError(
                     f"they could not be downloaded from {url} ({error}). Download that file by hand, e.g. "
@@ -86,7 +88,7 @@ def fetch(url: str, folder: Path | None = None, name: str = "", sha256: str = ""
         return _record(path, entries, name, url, sha256)
 
 
-def get(facts: Weights, folder: Path | None = None, quiet: bool = False) -> Kept:
+def get(facts: Weights, folder: Path | None = None) -> Kept:
     """The file of published weights: added by hand before, in the folder, or downloaded.
 
     Raises:
@@ -95,7 +97,7 @@ def get(facts: Weights, folder: Path | None = None, quiet: bool = False) -> Kept
     """
     folder = folder or store_folder()
     if facts.url:
-        return fetch(facts.url, folder, facts.name, facts.sha256, quiet)
+        return fetch(facts.url, folder, facts.name, facts.sha256)
     with _locked(folder) as entries:
         for file, entry in entries.items():
             if entry["weights"] == facts.name and (folder / file).exists():
