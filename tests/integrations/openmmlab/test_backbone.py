@@ -1,12 +1,11 @@
 """VSSMBackbone against the official dense-prediction wrappers, on the same weights."""
 
 import official
+import packages  # noqa: F401  skips without OpenMMLab
 import parity
 import pytest
 import torch
 from torch import nn
-
-pytest.importorskip("mmengine", reason="needs OpenMMLab's packages: make test-openmmlab")
 
 from vssm.checkpoint import load_official
 from vssm.integrations.openmmlab import VimPyramid, VSSMBackbone

@@ -1,0 +1,5 @@
+_base_ = "_base_/mask_rcnn_1x_coco.py"
+model = dict(
+    backbone=dict(_delete_=True, type="VSSMBackbone", name="vmambav0_base", drop_path_rate=0.2, pretrained=True),
+    neck=dict(in_channels=[128, 256, 512, 1024]),
+)

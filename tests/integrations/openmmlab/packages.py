@@ -1,0 +1,34 @@
+"""OpenMMLab's packages for the tests: skipped without them; models built from the shipped configurations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+_REASON = "needs OpenMMLab's packages: make test-openmmlab"
+mmengine = pytest.importorskip("mmengine", reason=_REASON, exc_type=ImportError)
+for _name in ("mmcv", "mmdet", "mmseg"):
+    pytest.importorskip(_name, reason=_REASON, exc_type=ImportError)
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs" / "openmmlab"
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.py"))
+
+
+def read(name: str, **changes: object) -> mmengine.Config:
+    """A shipped configuration with changes by dotted key."""
+    config = mmengine.Config.fromfile(CONFIGS / f"{name}.py")
+    config.merge_from_dict({"model.backbone.pretrained": False, **changes})
+    return config
+
+
+def build(config: mmengine.Config):
+    """The model of a configuration, with batch norms that work in one process on the CPU."""
+    if config.default_scope == "mmdet":
+        from mmdet.registry import MODELS
+        from mmdet.utils import register_all_modules
+    else:
+        from mmseg.registry import MODELS
+        from mmseg.utils import register_all_modules
+    register_all_modules(init_default_scope=True)
+    return mmengine.model.revert_sync_batchnorm(MODELS.build(config.model))
