@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,11 @@ def read(name: str, **changes: object) -> mmengine.Config:
     config = mmengine.Config.fromfile(CONFIGS / f"{name}.py")
     config.merge_from_dict({"model.backbone.pretrained": False, **changes})
     return config
+
+
+def folder(package: str) -> str:
+    """Where an installed package lies."""
+    return find_spec(package).submodule_search_locations[0]
 
 
 def build(config: mmengine.Config):
