@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml $(wildcard kernels/*)
 
-.PHONY: demo test test-nnunet lint clean
+.PHONY: demo test test-nnunet openmmlab test-openmmlab lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python tools/demo_brain.py
@@ -19,11 +19,19 @@ test-nnunet:
 	$(MAKE) VENV=$(VENV)-nnunet $(VENV)-nnunet/.nnunet
 	$(VENV)-nnunet/bin/python -m pytest tests/integrations/test_nnunet.py $(PYTEST_ARGS)
 
+# OpenMMLab's packages as onedl maintains them, in an environment of their own; mmcv is built for its torch, or a wheel built
+# before is taken (tools/openmmlab_wheel.py).
+openmmlab:
+	$(MAKE) VENV=$(VENV)-openmmlab $(VENV)-openmmlab/.openmmlab
+
+test-openmmlab: openmmlab
+	OMP_NUM_THREADS=1 $(VENV)-openmmlab/bin/python -m pytest tests/integrations/openmmlab $(PYTEST_ARGS)
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-nnunet build demo
+	rm -rf $(VENV) $(VENV)-nnunet $(VENV)-openmmlab build demo
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -39,4 +47,9 @@ $(VENV)/.test: $(BIN)/python $(SOURCES)
 
 $(VENV)/.nnunet: $(BIN)/python $(SOURCES)
 	$(BIN)/python -m pip install -e ".[nnunet]" pytest pytest-timeout
+	touch $@
+
+$(VENV)/.openmmlab: $(BIN)/python $(SOURCES)
+	$(BIN)/python -m pip install -e . pytest pytest-timeout pytest-xdist
+	wheel=$$($(BIN)/python tools/openmmlab_wheel.py) && $(BIN)/python -m pip install "$$wheel" -e ".[openmmlab]"
 	touch $@

@@ -198,5 +198,5 @@ def test_sizes_that_do_not_fit_are_refused(arguments, message):
 
 
 def test_weights_that_cannot_be_downloaded_are_named_with_their_pages():
-    with pytest.raises(RuntimeError, match=r"drive\.google\.com/.*huggingface\.co/Abdelrahman-shaker/GroupMamba-Tiny"):
+    with pytest.raises(RuntimeError, match=r"Open https://drive\.google\.com/file/d/.*vssm zoo add groupmamba_tiny\.in1k FILE"):
         timm.create_model("groupmamba_tiny", pretrained=True)
