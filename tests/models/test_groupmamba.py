@@ -198,5 +198,6 @@ def test_sizes_that_do_not_fit_are_refused(arguments, message):
 
 
 def test_weights_that_cannot_be_downloaded_are_named_with_their_pages():
-    with pytest.raises(RuntimeError, match=r"Open https://drive\.google\.com/file/d/.*vssm zoo add groupmamba_tiny\.in1k FILE"):
+    message = r"Open https://drive\.google\.com/file/d/.*vssm zoo add groupmamba_tiny\.in1k FILE"
+    with pytest.raises(RuntimeError, match=message):
         timm.create_model("groupmamba_tiny", pretrained=True)
