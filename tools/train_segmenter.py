@@ -7,98 +7,55 @@ this file with `torchrun` or `accelerate launch`.
 """
 
 import argparse
-import os
 import sys
-from collections.abc import Iterable
-from pathlib import Path
+from functools import partial
 
-import torch
-from tqdm import tqdm
-
-from vssm.cli.common import WRONG_INPUT, Parser
+from vssm.cli.common import WRONG_INPUT
+from vssm.cli.training import INTERRUPTED, Bar, is_main_process, run_training, training_parser
 from vssm.segmentation import Moment, TrainingOptions, plan_only, train
 from vssm.segmentation.exporting import export_bundle
-from vssm.training.diagnosis import TrainingError
 from vssm.training.options import read_options
 from vssm.volumes.errors import VolumeError
 
-EXAMPLE = """examples:
+EXAMPLES = """examples:
   python tools/train_segmenter.py --config configs/medical/abdomen_ct.yaml --output runs/ct --set data=Dataset701
   python tools/train_segmenter.py --config configs/medical/abdomen_ct.yaml --output runs/ct --resume
   torchrun --nproc-per-node 2 tools/train_segmenter.py --config configs/medical/brats2023.yaml --output runs/brats"""
-FAILED = 1
+PROG = "train_segmenter.py"
 BUNDLE = "bundle"
-INTERRUPTED = 130
-
-
-class Bar:
-    """A progress bar with the loss and the Dice of the current patches."""
-
-    def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
-        self.bar: tqdm | None = None
-
-    def __call__(self, moment: Moment) -> None:
-        if self.bar is None:
-            self.bar = tqdm(total=moment.steps, initial=moment.step - 1, unit="step", disable=self.quiet)
-        dice = sum(moment.dice) / len(moment.dice)
-        self.bar.set_postfix_str(f"loss {moment.loss:.3f}, Dice {dice:.3f}", refresh=False)
-        self.bar.update()
-
-    def cases(self, cases: Iterable) -> Iterable:
-        """Progress over cases that are read."""
-        return tqdm(cases, desc="reading cases", unit="case", disable=self.quiet, leave=False)
-
-    def close(self) -> None:
-        """Leave the line."""
-        if self.bar is not None:
-            self.bar.close()
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line `arguments` (those of the process if None); returns the exit status."""
-    parser = Parser(
-        prog="train_segmenter.py",
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", type=Path, required=True, help="YAML file of options")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change an option")
-    parser.add_argument("--resume", action="store_true", help="continue the run in the folder")
+    parser = training_parser(PROG, __doc__, EXAMPLES)
     parser.add_argument("--plan-only", action="store_true", help="write plan.yaml for editing and stop")
     given = parser.parse_args(arguments)
-    # one bar, whatever the number of processes
-    bar = Bar(quiet=os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty())
+    bar = Bar()
     try:
-        options = read_options(TrainingOptions, given.config, given.set)
-        if given.plan_only:
-            print(f"wrote {plan_only(options, given.output, bar.cases)}")
-            return 0
-        outcome = train(options, given.output, given.resume, bar, bar.cases)
-    except TrainingError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return FAILED
-    except torch.OutOfMemoryError:
-        print(f"{parser.prog}: out of memory; set a smaller patch_size or batch_size", file=sys.stderr)
-        return WRONG_INPUT
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
-        return WRONG_INPUT
-    except KeyboardInterrupt:
-        return INTERRUPTED
+        return run_training(PROG, partial(_train, given, bar), "set a smaller patch_size or batch_size")
     finally:
         bar.close()
+
+
+def _train(given: argparse.Namespace, bar: Bar) -> int:
+    def show(moment: Moment) -> None:
+        dice = sum(moment.dice) / len(moment.dice)
+        bar.show(moment.step, moment.steps, f"loss {moment.loss:.3f}, Dice {dice:.3f}")
+
+    reading = partial(bar.over, what="reading cases", unit="case")
+    options = read_options(TrainingOptions, given.config, given.set)
+    if given.plan_only:
+        print(f"wrote {plan_only(options, given.output, reading)}")
+        return 0
+    outcome = train(options, given.output, given.resume, show, reading)
     if outcome.interrupted:
-        print(f"{parser.prog}: stopped after step {outcome.steps}; continue with --resume", file=sys.stderr)
+        print(f"{PROG}: stopped after step {outcome.steps}; continue with --resume", file=sys.stderr)
         return INTERRUPTED
-    if os.environ.get("RANK", "0") == "0":
+    if is_main_process():
         try:
             export_bundle(given.output, given.output / BUNDLE)
         except VolumeError as error:
-            print(f"{parser.prog}: trained, but not exported: {error}", file=sys.stderr)
+            print(f"{PROG}: trained, but not exported: {error}", file=sys.stderr)
             return WRONG_INPUT
         print(
             f"best mean Dice in validation {outcome.best_dice:.4f}; wrote {given.output}, with the network in {BUNDLE}/"

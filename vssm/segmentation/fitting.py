@@ -23,7 +23,14 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..training.checkpoints import load_checkpoint, random_state, save_checkpoint, set_random_state
+from ..training.checkpoints import (
+    checkpoint_to_resume,
+    load_checkpoint,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+    state_of_process,
+)
 from ..training.diagnosis import TrainingError, check_weights, describe_failure
 from ..training.interruption import Interruption
 from ..training.records import Records, draw_curves
@@ -44,6 +51,7 @@ from .validating import case_dice, mean_dice, one_output, predict_case
 LAST, BEST = "last.pt", "best.pt"
 # options that a resumed run may change: they do not touch the numbers
 _FREE_OPTIONS = ("workers", "worst_cases", "memory_gb")
+_NEEDED_TO_RESUME = ("iterate", "optimizer", "random", "plan", "step")
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,9 @@ class Run:
         self.dataset = read_dataset(options.data, options.channels, options.labels, options.label_suffix)
         cases = split_folds(self.dataset.cases, options.folds, options.fold, options.seed)
         output.mkdir(parents=True, exist_ok=True)
-        checkpoint = self._checkpoint(resume)
+        checkpoint = checkpoint_to_resume(
+            output / LAST, resume, output / "plan.yaml", options, _FREE_OPTIONS, _NEEDED_TO_RESUME
+        )
         # the first process plans and prepares, the others wait and read
         with self.accelerator.main_process_first():
             self.plan = obtain_plan(options, self.dataset, output, self.accelerator.device, progress)
@@ -317,31 +327,6 @@ class Run:
         }
         save_checkpoint(self._weights() | running, self.output / LAST)
 
-    def _checkpoint(self, resume: bool) -> dict[str, Any] | None:
-        """The checkpoint to continue from, or None to start."""
-        path = self.output / LAST
-        if not resume:
-            if path.exists():
-                raise ValueError(f"{self.output} holds a run; continue it with --resume, or choose another folder")
-            return None
-        if not path.exists():
-            if not (self.output / "plan.yaml").exists():
-                raise ValueError(f"{self.output} holds no run to resume; start it without --resume")
-            return None
-        checkpoint = load_checkpoint(path)
-        missing = {"iterate", "optimizer", "random", "options", "plan", "step"} - checkpoint.keys()
-        if missing:
-            raise ValueError(f"{path}: lacks {', '.join(sorted(missing))}; it is no checkpoint of this tool")
-        now = dataclasses.asdict(self.options)
-        changed = [key for key in now if key not in _FREE_OPTIONS and now[key] != checkpoint["options"].get(key)]
-        if changed:
-            key = changed[0]
-            raise ValueError(
-                f"{self.output} was started with {key}={checkpoint['options'].get(key)!r}, now it is {now[key]!r}; "
-                "resume with the same options, or start another run"
-            )
-        return checkpoint
-
     def _restore(self, checkpoint: dict[str, Any]) -> None:
         if checkpoint["plan"] != dataclasses.asdict(self.plan):
             raise ValueError(
@@ -351,15 +336,13 @@ class Run:
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         if self.average is not None:
             self.average.module.load_state_dict(checkpoint["network"])
-        states = checkpoint["random"]
-        if len(states) != self.accelerator.num_processes:
-            raise ValueError(
-                f"{self.output} was trained by {len(states)} processes, now there are "
-                f"{self.accelerator.num_processes}; resume with as many"
-            )
+        accelerator = self.accelerator
+        state = state_of_process(
+            checkpoint["random"], self.output, accelerator.process_index, accelerator.num_processes
+        )
         self.step, self.best = checkpoint["step"], checkpoint["dice"]
         self.losses, self.norms = checkpoint["losses"], checkpoint["norms"]
-        set_random_state(states[self.accelerator.process_index])
+        set_random_state(state)
 
     def _check_network(self) -> None:
         """Raise ValueError unless the network takes a patch and returns a channel per label on the same grid."""

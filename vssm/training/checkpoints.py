@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
+from collections.abc import Collection
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -49,6 +51,58 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise ValueError(f"{path}: holds no checkpoint of a run; give the folder of a run")
     return state
+
+
+def checkpoint_to_resume(
+    path: Path, resume: bool, begun: Path, options: Any, free: Collection[str], needed: Collection[str]
+) -> dict[str, Any] | None:
+    """The checkpoint that a run continues from, or None if it starts.
+
+    Args:
+        path: of the checkpoint, in the folder of the run.
+        resume: whether the user asks to continue; where a run was killed before its first checkpoint it starts anew.
+        begun: file that a run writes before its first checkpoint.
+        options: dataclass; the checkpoint's "options" must equal it but for the names in `free`.
+        needed: keys that the checkpoint must have besides "options".
+
+    Raises:
+        ValueError: there is a run and none is to be resumed, there is none and one is, or it had other options.
+    """
+    folder = path.parent
+    if not resume:
+        if path.exists():
+            raise ValueError(f"{folder} holds a run; continue it with --resume, or choose another folder")
+        return None
+    if not path.exists():
+        if not begun.exists():
+            raise ValueError(f"{folder} holds no run to resume; start it without --resume")
+        return None
+    checkpoint = load_checkpoint(path)
+    missing = {*needed, "options"} - checkpoint.keys()
+    if missing:
+        raise ValueError(f"{path}: lacks {', '.join(sorted(missing))}; it is no checkpoint of this tool")
+    then, now = checkpoint["options"], dataclasses.asdict(options)
+    changed = [key for key in now if key not in free and now[key] != then.get(key)]
+    if changed:
+        key = changed[0]
+        raise ValueError(
+            f"{folder} was started with {key}={then.get(key)!r}, now it is {now[key]!r}; resume with the same options, "
+            "or start another run"
+        )
+    return checkpoint
+
+
+def state_of_process(states: list[dict[str, Any]], folder: Path, process: int, processes: int) -> dict[str, Any]:
+    """The random state of this process among those of a checkpoint.
+
+    Raises:
+        ValueError: the run had another number of processes.
+    """
+    if len(states) != processes:
+        raise ValueError(
+            f"{folder} was trained by {len(states)} processes, now there are {processes}; resume with as many"
+        )
+    return states[process]
 
 
 def random_state() -> dict[str, Any]:

@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class Interruption:
-    """While it is entered, signals set `requested` instead of ending the process.
+    """While it is entered, a signal is kept as `signal` instead of ending the process.
 
     Outside the main thread, where Python allows no signal handlers, it does nothing.
     """
@@ -16,8 +16,13 @@ class Interruption:
     _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
-        self.requested = False
+        self.signal: int | None = None
         self._previous: dict = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal asked to stop."""
+        return self.signal is not None
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
@@ -28,7 +33,7 @@ class Interruption:
         self._restore()
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self.signal = number
         self._restore()
 
     def _restore(self) -> None:

@@ -32,6 +32,8 @@ class Choice:
 def read_options(options_class: type[OptionsT], path: Path, settings: Iterable[str]) -> OptionsT:
     """Options from a YAML file and from KEY=VALUE settings, which win.
 
+    A file with the key `base`, the path of another one beside it, adds to that one's options and replaces them.
+
     Args:
         options_class: dataclass with one field per option, of type str (maybe annotated with a Choice), bool, dict or
             list, or int, float or list annotated with a Range. Fields with a default may be left out.
@@ -39,14 +41,7 @@ def read_options(options_class: type[OptionsT], path: Path, settings: Iterable[s
     Raises:
         ValueError: a key that is unknown or missing, or a value of the wrong kind, shape or size.
     """
-    try:
-        values = _parse(path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); give a configuration file") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not UTF-8 text ({error}); give a configuration file") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: must be a table of options, got {type(values).__name__}; correct it")
+    values = _read(path)
     for setting in settings:
         key, separator, text = setting.partition("=")
         if not separator:
@@ -68,6 +63,25 @@ def check_options(options: Any) -> None:
     """
     for name, hint in get_type_hints(type(options), include_extras=True).items():
         _checked(name, hint, getattr(options, name))
+
+
+def _read(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The table of a file over that of the file it names as `base`, if it does."""
+    try:
+        values = _parse(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); give a configuration file") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 text ({error}); give a configuration file") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: must be a table of options, got {type(values).__name__}; correct it")
+    if "base" not in values:
+        return values
+    base = path.parent / str(values.pop("base"))
+    readers = (*readers, path.resolve())
+    if base.resolve() in readers:
+        raise ValueError(f"{path}: its base {base} is based on it; correct it")
+    return _read(base, readers) | values
 
 
 def _has_no_default(field: Any) -> bool:
