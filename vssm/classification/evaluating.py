@@ -16,6 +16,7 @@ def evaluate(
     device: torch.device | str,
     amp: torch.dtype | None = None,
     classes: Sequence[int] | None = None,
+    confusion: Tensor | None = None,
 ) -> dict[str, float]:
     """Classify all images of `loader` and compare with their targets; the model's mode is restored afterwards.
 
@@ -26,6 +27,7 @@ def evaluate(
         device: the batches are moved there.
         amp: torch.bfloat16 or torch.float16 to run the model under autocast, None for the type of its weights.
         classes: indices of the only logits that compete, for data sets with a part of the classes (ImageNet-A, -R).
+        confusion: (K, K), int64, on the CPU, to which 1 is added at (target, highest logit) of every image.
 
     Returns:
         top1 and top5: percentage of the images with the target among the highest and the five highest logits (or as
@@ -59,7 +61,12 @@ def evaluate(
                     f"targets must be below the {logits.shape[1]} classes of the model, got {int(targets.min())} to "
                     f"{int(targets.max())}; check num_classes and the class folders"
                 )
-            best = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+            found = logits.topk(min(5, logits.shape[1]), dim=1).indices
+            if confusion is not None:
+                confusion += torch.bincount(
+                    targets.cpu() * logits.shape[1] + found[:, 0].cpu(), minlength=confusion.numel()
+                ).view_as(confusion)
+            best = found == targets[:, None]
             hits += torch.stack([best[:, 0].sum(), best.sum()])
             loss += F.cross_entropy(logits, targets, reduction="sum").to(loss)
             count += len(targets)

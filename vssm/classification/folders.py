@@ -44,7 +44,7 @@ def imagenet_folder(root: Path, part: bool = False) -> tuple[LabelledPictures, l
     Raises:
         ValueError: no such folder, a folder that is no class, or no pictures.
     """
-    folders = _class_folders(root)
+    folders = class_folders(root)
     numbers = {name: index for index, name in enumerate(ImageNetInfo().label_names())}
     indices = {str(index): index for index in numbers.values()}
     known = numbers if folders[0] in numbers else indices
@@ -66,7 +66,7 @@ def class_folder(root: Path, num_classes: int) -> LabelledPictures:
     Raises:
         ValueError: no such folder, another number of classes than the model's, or no pictures.
     """
-    folders = _class_folders(root)
+    folders = class_folders(root)
     if len(folders) != num_classes:
         raise ValueError(f"{root} has {len(folders)} class folders, the model has {num_classes} classes")
     return _pictures(root, {name: index for index, name in enumerate(folders)})
@@ -100,7 +100,12 @@ def evaluation_loader(
     )
 
 
-def _class_folders(root: Path) -> list[str]:
+def class_folders(root: Path) -> list[str]:
+    """Names of the folders in `root`, in natural order.
+
+    Raises:
+        ValueError: no such folder, or none in it.
+    """
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder; give one that holds a folder of pictures per class")
     names = [entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
