@@ -30,6 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = training_parser(PROG, __doc__, EXAMPLES)
     parser.add_argument("--plan-only", action="store_true", help="write plan.yaml for editing and stop")
     given = parser.parse_args(arguments)
+    if given.output is None:
+        parser.error("--output is needed, the folder of the run")
     bar = Bar()
     try:
         return run_training(PROG, partial(_train, given, bar), "set a smaller patch_size or batch_size")

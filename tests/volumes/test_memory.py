@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from vssm import machine
 from vssm.volumes import VolumeError, memory
 
 GIGABYTE = 10**9
@@ -14,8 +15,8 @@ def system(tmp_path, monkeypatch):
     """system(available, limit, used, cached) sets the files of the kernel, in bytes; None leaves one out."""
 
     def write(available=None, limit=None, used=0, cached=0):
-        monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
-        monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+        monkeypatch.setattr(machine, "_MEMINFO", tmp_path / "meminfo")
+        monkeypatch.setattr(machine, "_CGROUP", tmp_path)
         if available is not None:
             kilobytes = available // 1024
             (tmp_path / "meminfo").write_text(f"MemTotal: 99 kB\nMemAvailable: {kilobytes} kB\nHugePages_Total: 0\n")
@@ -40,20 +41,20 @@ def system(tmp_path, monkeypatch):
 )
 def test_the_smaller_of_machine_and_container_counts(system, files, expected):
     system(**files)
-    assert memory.available_memory() == pytest.approx(expected, abs=1024)
+    assert machine.available_memory() == pytest.approx(expected, abs=1024)
 
 
 def test_other_systems_count_their_physical_memory(system, monkeypatch):
     system()
     monkeypatch.setattr(os, "sysconf_names", {"SC_PHYS_PAGES": 1}, raising=False)
     monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}.get, raising=False)
-    assert memory.available_memory() == 4_096_000
+    assert machine.available_memory() == 4_096_000
 
 
 def test_a_system_that_does_not_tell_refuses_nothing(system, monkeypatch):
     system()
     monkeypatch.delattr(os, "sysconf_names", raising=False)
-    assert memory.available_memory() is None
+    assert machine.available_memory() is None
     memory.require_memory(10**18, "a.nii", "crop it")
 
 

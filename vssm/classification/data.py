@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from .folders import LabelledPictures, class_folder, class_folders
 from .options import ClassifierOptions
 
 TRAINING, VALIDATION = "training", "validation"
-DIGITS = "digits"
+DIGITS, SYNTHETIC = "digits", "synthetic"
 # names of the folder of each part, as ImageNet's users have them
 _FOLDERS = {TRAINING: ("train", "training"), VALIDATION: ("val", "validation", "test")}
 _STREAMS = ("hfids", "wds", "tfds")
@@ -51,6 +52,23 @@ class Digits(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.transform(Image.fromarray(self.pictures[index]).convert("RGB")), self.targets[index]
+
+
+class Synthetic(Dataset):
+    """Noise in the number of pictures and classes of ImageNet-1k, for timing: always the same 256 x 256 picture."""
+
+    NUM_CLASSES = 1000
+
+    def __init__(self, part: str) -> None:
+        self.count = 1281167 if part == TRAINING else 50000
+        self.picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8))
+        self.transform: Callable = lambda picture: picture
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(self.picture), index % self.NUM_CLASSES
 
 
 class Reproducible(Dataset):
@@ -95,6 +113,19 @@ def order_of_epoch(pictures: int, seed: int, epoch: int, repeats: int = 1) -> Te
     return torch.randperm(pictures, generator=generator).repeat_interleave(repeats)[:pictures]
 
 
+def open_parts(options: ClassifierOptions) -> tuple[Dataset, Dataset, list[str]]:
+    """Pictures to train on, to validate on, and the classes where they have names.
+
+    Raises:
+        ValueError: as `open_pictures`, or the parts have other classes.
+    """
+    (training, names), (validation, others) = (open_pictures(options, part) for part in (TRAINING, VALIDATION))
+    if names != others:
+        strange = next(iter(sorted(set(names) ^ set(others))), "their order")
+        raise ValueError(f"{options.data}: training and validation have other classes, {strange} for one; mend them")
+    return training, validation, names
+
+
 def open_pictures(options: ClassifierOptions, part: str) -> tuple[Dataset, list[str]]:
     """A part of the data set that the options name, and its classes where they have names.
 
@@ -106,11 +137,13 @@ def open_pictures(options: ClassifierOptions, part: str) -> tuple[Dataset, list[
         `transform` to be set.
 
     Raises:
-        ValueError: no such data, no such reader, or the parts have other classes.
+        ValueError: no such data, or no such reader.
     """
     prefix = options.dataset.partition("/")[0].lower()
     if options.data == DIGITS:
         return Digits(part), [str(digit) for digit in range(10)]
+    if options.data == SYNTHETIC:
+        return Synthetic(part), [str(index) for index in range(Synthetic.NUM_CLASSES)]
     if not options.dataset:
         return _open_files(options, part)
     if prefix not in (*_STREAMS, "hfds"):
@@ -141,17 +174,12 @@ def _open_files(options: ClassifierOptions, part: str) -> tuple[Dataset, list[st
     if found[0].suffix == ".tar":
         return _open_tar(found[0])
     names = class_folders(found[0])
-    if part == VALIDATION:
-        training = next((root / name for name in _FOLDERS[TRAINING] if (root / name).is_dir()), None)
-        if training is not None and class_folders(training) != names:
-            strange = sorted(set(class_folders(training)) ^ set(names))
-            raise ValueError(f"{training} and {found[0]} have other classes, {strange[0]} for one; make them the same")
     return class_folder(found[0], len(names)), names
 
 
 def _open_tar(path: Path) -> tuple[Dataset, list[str]]:
     try:
         reader = ReaderImageInTar(str(path))
-    except (RuntimeError, AssertionError, OSError) as error:
+    except (RuntimeError, AssertionError, OSError, ValueError, tarfile.TarError) as error:
         raise ValueError(f"{path} cannot be read as a tar file of class folders of pictures ({error})") from None
     return LabelledPictures(str(path), reader), list(reader.class_name_to_idx)

@@ -36,7 +36,7 @@ from ..training.diagnosis import TrainingError, check_weights, describe_failure
 from ..training.interruption import Interruption
 from ..training.records import Records, draw_curves
 from .building import Schedule, build_model, build_optimizer, build_teacher, model_arguments, scaled
-from .data import TRAINING, VALIDATION, open_pictures
+from .data import open_parts
 from .drawing import draw_confusion
 from .evaluating import evaluate
 from .loading import TrainingLoader, data_config, training_transform, validation_loader, validation_transform
@@ -121,8 +121,7 @@ class Run:
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         accelerator, rank, processes = self.accelerator, self.accelerator.process_index, self.accelerator.num_processes
-        pictures, self.classes = open_pictures(options, TRAINING)
-        held_out, _ = open_pictures(options, VALIDATION)
+        pictures, held_out, self.classes = open_parts(options)
         num_classes = options.num_classes or len(self.classes)
         if not num_classes or num_classes < len(self.classes):
             raise ValueError(
@@ -147,10 +146,10 @@ class Run:
         self.config = data_config(options, network)
         pictures.transform = training_transform(options, self.config)
         held_out.transform = validation_transform(self.config)
-        self.validation = validation_loader(held_out, options, rank, processes, pin)
+        self.held_out, self.validation = len(held_out), validation_loader(held_out, options, rank, processes, pin)
         self.pictures_per_step = options.batch_size * options.accumulation * processes
-        rate = scaled(options, self.pictures_per_step)[0]
-        self.network, self.optimizer = accelerator.prepare(network, build_optimizer(options, network, rate))
+        self.rate = scaled(options, self.pictures_per_step)[0]
+        self.network, self.optimizer = accelerator.prepare(network, build_optimizer(options, network, self.rate))
         self.schedule = Schedule(options, self.optimizer, self.loader.steps, self.pictures_per_step)
         self.plain = accelerator.unwrap_model(self.network)
         self.average = ModelEmaV3(self.plain, decay=options.average_decay) if options.average_decay else None

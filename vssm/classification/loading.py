@@ -109,4 +109,11 @@ def validation_loader(
     """The part of the validation pictures that a process evaluates: every n-th."""
     if not isinstance(pictures, IterableImageDataset):
         pictures = Subset(pictures, range(process, len(pictures), processes))
-    return DataLoader(pictures, options.batch_size, num_workers=options.workers, pin_memory=pin)
+    # an own generator: how often one validates, or stops while doing so, must not change what is drawn in training
+    return DataLoader(
+        pictures,
+        options.batch_size,
+        num_workers=options.workers,
+        pin_memory=pin,
+        generator=torch.Generator(),
+    )

@@ -22,7 +22,8 @@ class ClassifierOptions:
         drop_path: rate of stochastic depth.
         weights: to start from: a file, official or ours, or the name of a row of the zoo; "": random ones.
         data: folder that holds train/ and val/ (or validation/) with a folder of pictures per class; a folder or a name
-            as the reader `dataset` of timm wants it; "digits" for scikit-learn's handwritten digits.
+            as the reader `dataset` of timm wants it; "digits" for scikit-learn's handwritten digits,
+            "synthetic" for noise, to measure speed.
         dataset: reader of timm: "" for folders and tar files, "hfds/NAME", "hfids/NAME", "wds", "tfds/NAME".
         train_split, val_split: names of the parts, for such readers.
         num_classes: 0: as many as there are class folders.

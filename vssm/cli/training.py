@@ -24,7 +24,7 @@ def is_main_process() -> bool:
 
 
 def training_parser(prog: str, description: str | None, examples: str) -> Parser:
-    """A parser with --config, --output, --set and --resume."""
+    """A parser with --config, --output (which may be missing), --set and --resume."""
     parser = Parser(
         prog=prog,
         description=description,
@@ -33,7 +33,7 @@ def training_parser(prog: str, description: str | None, examples: str) -> Parser
         allow_abbrev=False,
     )
     parser.add_argument("--config", type=Path, required=True, help="YAML file of options")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--output", type=Path, help="folder of the run")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change an option")
     parser.add_argument("--resume", action="store_true", help="continue the run in the folder")
     return parser

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..volumes.memory import available_memory
+from ..machine import available_memory
 from .datasets import Dataset, read_dataset
 from .fingerprint import Fingerprint, take_fingerprint, write_fingerprint
 from .options import TrainingOptions
