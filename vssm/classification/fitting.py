@@ -124,9 +124,8 @@ class Run:
         pictures, held_out, self.classes = open_parts(options)
         num_classes = options.num_classes or len(self.classes)
         if not num_classes or num_classes < len(self.classes):
-            raise ValueError(
-                f"num_classes is {options.num_classes}, the data have {len(self.classes) or 'unnamed'} classes"
-            )
+            found = f"{len(self.classes)} classes" if self.classes else "classes without names; give their number"
+            raise ValueError(f"num_classes is {options.num_classes}, the data have {found}")
         pin = accelerator.device.type == "cuda"
         self.loader = TrainingLoader(pictures, options, rank, processes, pin)
         checkpoint = None

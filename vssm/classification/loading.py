@@ -56,7 +56,7 @@ class TrainingLoader:
     sees.
 
     Streams (`IterableImageDataset`) come in the order their reader gives them; steps that a resumed run has done are
-    read and thrown away.
+    read and thrown away. Resuming is exact with worker processes: without, the reader shuffles from a state of its own.
 
     Args:
         pictures: with its transform set.
