@@ -69,6 +69,10 @@ def test_a_row_says_where_the_file_is_what_loads_it_and_on_what_terms(name):
     assert all(low < value < high for value in facts.metrics.values())
 
 
+def test_every_classifier_detector_and_segmentor_has_a_configuration():
+    assert {facts.task for facts in zoo.published().values() if not facts.config} == {"medical"}
+
+
 @pytest.mark.parametrize("name", [name for name, facts in zoo.published().items() if facts.config])
 def test_the_configuration_of_a_row_is_there_and_names_its_model(name):
     facts = zoo.published()[name]
