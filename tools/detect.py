@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 
 from vssm.atomic import replaced_file
 from vssm.cli.common import WRONG_INPUT, Parser
+from vssm.integrations.openmmlab_packages import require
 
 EXAMPLE = """example:
   python tools/detect.py street.jpg --config configs/openmmlab/mask_rcnn_vmamba_tiny_1x_coco.py \\
@@ -87,6 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         picture = read_picture(given.picture)
+        require("mmengine", "mmcv.ops", "mmdet")
         import vssm.integrations.openmmlab  # noqa: F401  registers the backbone
 
         model = detector(given.config, given.checkpoint, given.device)

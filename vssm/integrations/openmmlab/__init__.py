@@ -4,16 +4,12 @@ Importing this registers everything in mmengine's root registries, where mmdet, 
 configuration: `custom_imports = dict(imports=["vssm.integrations.openmmlab"])`.
 """
 
-try:
-    import mmengine  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        f"vssm.integrations.openmmlab needs mmengine ({error}); run `make openmmlab` in a checkout of vssm, or "
-        "pip install onedl-mmengine"
-    ) from None
+from ..openmmlab_packages import require
 
-from .backbone import VSSMBackbone
-from .layer_decay import VSSMLayerDecayConstructor
-from .necks import SimpleFeaturePyramid, VimPyramid
+require("mmengine")
+
+from .backbone import VSSMBackbone  # noqa: E402  what is required comes first
+from .layer_decay import VSSMLayerDecayConstructor  # noqa: E402
+from .necks import SimpleFeaturePyramid, VimPyramid  # noqa: E402
 
 __all__ = ["SimpleFeaturePyramid", "VSSMBackbone", "VSSMLayerDecayConstructor", "VimPyramid"]

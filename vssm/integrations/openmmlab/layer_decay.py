@@ -15,8 +15,9 @@ class VSSMLayerDecayConstructor(DefaultOptimWrapperConstructor):
     """Groups of parameters for `optim_wrapper = dict(constructor="VSSMLayerDecayConstructor", paramwise_cfg=...)`.
 
     `paramwise_cfg`'s `layer_decay` (default 1: none) is the ratio of the rates of neighbouring layers of the backbone,
-    which timm's layer groups of the model define; neck and heads have the full rate. One-dimensional parameters and
-    those that a model exempts (`no_weight_decay`: positions, A, D, biases of scans) are not decayed.
+    which timm's layer groups of the model define; neck and heads have the full rate, the last layer of the backbone
+    `layer_decay` times it, as in mmdetection's constructor. One-dimensional parameters and those that a model exempts
+    (`no_weight_decay`: positions, A, D, biases of scans) are not decayed.
     """
 
     def add_params(self, params: list[dict], module: nn.Module, **kwargs: object) -> None:
@@ -31,7 +32,7 @@ class VSSMLayerDecayConstructor(DefaultOptimWrapperConstructor):
                 model, self.base_wd or 0.0, no_weight_decay_list=exempt, layer_decay=ratio, min_scale=0.0
             )
             for group in groups:
-                scale = group.pop("lr_scale", 1.0)
+                scale = group.pop("lr_scale", 1.0) * ratio
                 taken |= {id(parameter) for parameter in group["params"]}
                 params.append(
                     {"params": group["params"], "lr": self.base_lr * scale, "weight_decay": group["weight_decay"]}
