@@ -9,13 +9,23 @@ import torch
 from measuring import peak_memory, take_turns
 from monai.networks.nets import SwinUNETR
 
-from vssm.networks import SegMamba
+from vssm.networks import SegMamba, UMambaBot
 
 CLASSES = 4
+# nnU-Net's plan for a patch of this size on a card of 8 GB
+UMAMBA = {
+    "features": [32, 64, 128, 256, 320],
+    "strides": [1, 2, 2, 2, 2],
+    "kernel_sizes": [3] * 5,
+    "num_blocks": [2] * 5,
+    "num_decoder_blocks": [2] * 4,
+}
 # Name -> constructor, from the channels of the image. The first is the measure of the others.
 NETWORKS: dict[str, Callable[[int], torch.nn.Module]] = {
     "SwinUNETR": lambda channels: SwinUNETR(in_channels=channels, out_channels=CLASSES, feature_size=48),
     "SegMamba": lambda channels: SegMamba(channels, CLASSES),
+    "U-Mamba Bot": lambda channels: UMambaBot(3, channels, CLASSES, **UMAMBA),
+    "U-Mamba Bot without Mamba": lambda channels: UMambaBot(3, channels, CLASSES, **UMAMBA, mixer="none"),
 }
 
 

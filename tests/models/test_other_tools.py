@@ -15,6 +15,8 @@ from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from transformers import (
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
     TimmBackbone,
     TimmBackboneConfig,
     TimmWrapperConfig,
@@ -141,3 +143,28 @@ def test_a_whole_model_can_be_saved_and_loaded_by_torch():
     buffer.seek(0)
     x = images(1, 3, 32, 32)
     assert torch.equal(torch.load(buffer, weights_only=False)(x), model(x))
+
+
+def test_transformers_mask2former_trains_on_their_features():
+    torch.manual_seed(0)
+    config = Mask2FormerConfig(
+        backbone_config=TimmBackboneConfig(backbone=FULL, out_indices=(0, 1, 2, 3)),
+        num_labels=3,
+        hidden_dim=32,
+        feature_size=32,
+        mask_feature_size=32,
+        encoder_feedforward_dim=32,
+        dim_feedforward=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_attention_heads=4,
+        num_queries=5,
+        train_num_points=64,
+    )
+    net = Mask2FormerForUniversalSegmentation(config)
+    masks = torch.zeros(2, 64, 96)
+    masks[0, :30], masks[1, 30:] = 1, 1
+    out = net(pixel_values=images(1, 3, 64, 96), mask_labels=[masks], class_labels=[torch.tensor([0, 2])])
+    assert out.masks_queries_logits.shape == (1, 5, 16, 24)
+    out.loss.sum().backward()
+    assert net.model.pixel_level_module.encoder._backbone.model.stem.conv1.weight.grad.abs().sum() > 0

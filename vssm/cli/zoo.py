@@ -199,7 +199,11 @@ def _verify(options: argparse.Namespace) -> None:
         found = verify(facts, path)
         digest = file_sha256(path)
     others = f", which also holds {', '.join(found.wrappers[1:])}" if found.wrappers[1:] else ""
-    rest = f"; {found.others} tensors of heads and necks were not looked at" if found.others else ""
+    rest = ""
+    if found.whole:
+        rest = f"; all {found.whole} of the whole model fit {facts.config}"
+    elif found.others:
+        rest = f"; {found.others} of neck and heads were not looked at, which needs make openmmlab in a checkout"
     print(f"file        {path}, {path.stat().st_size} bytes")
     print(f"SHA-256     {digest}")
     print(f"read from   {found.wrappers[0] if found.wrappers else 'top level'}{others}; published: {facts.wrapper}")

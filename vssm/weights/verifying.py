@@ -12,9 +12,12 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import read_wrapped
+from ..checkpoint import load_official, read_wrapped
 from ..zoo import Weights
 from .models import is_dense, load
+
+# of the source tree, which has the configurations
+SOURCES = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class Verified:
         wrappers: keys that hold weights in the file, the one that was read first; none if they lie bare.
         matched: tensors that the model took.
         others: tensors of a detector or segmenter outside its backbone's stages, which nothing here needs.
+        whole: tensors of the whole detector or segmentor, if they all match; None where OpenMMLab's packages or the
+            configuration (in the source tree) are not there, and for other rows.
         outputs: what the model makes of the parity input: {"logits"} or {"stage0", ...}.
     """
 
@@ -33,6 +38,7 @@ class Verified:
     wrappers: tuple[str, ...]
     matched: int
     others: int
+    whole: int | None
     outputs: Mapping[str, Tensor]
 
 
@@ -62,7 +68,24 @@ def verify(facts: Weights, path: Path) -> Verified:
     for name, output in outputs.items():
         if not bool(torch.isfinite(output).all()):
             raise ValueError(f"{path} loads, but {name} for the parity input is not finite; the weights are damaged")
-    return Verified(model, tuple(wrappers), len(own), len(state) - len(own) if is_dense(facts) else 0, outputs)
+    others = len(state) - len(own) if is_dense(facts) else 0
+    return Verified(model, tuple(wrappers), len(own), others, _whole(facts, state), outputs)
+
+
+def _whole(facts: Weights, state: Mapping[str, Tensor]) -> int | None:
+    config = SOURCES / facts.config
+    if not is_dense(facts) or not config.is_file():
+        return None
+    try:
+        from mmengine import Config
+
+        from ..integrations.openmmlab import build_model
+
+        model = build_model(Config.fromfile(config, import_custom_modules=False))
+    except ImportError:
+        return None
+    load_official(model, state)
+    return len(model.state_dict())
 
 
 def numbers_of(output: Tensor) -> str:

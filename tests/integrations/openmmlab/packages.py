@@ -26,15 +26,3 @@ def read(name: str, **changes: object) -> mmengine.Config:
 def folder(package: str) -> str:
     """Where an installed package lies."""
     return find_spec(package).submodule_search_locations[0]
-
-
-def build(config: mmengine.Config):
-    """The model of a configuration, with batch norms that work in one process on the CPU."""
-    if config.default_scope == "mmdet":
-        from mmdet.registry import MODELS
-        from mmdet.utils import register_all_modules
-    else:
-        from mmseg.registry import MODELS
-        from mmseg.utils import register_all_modules
-    register_all_modules(init_default_scope=True)
-    return mmengine.model.revert_sync_batchnorm(MODELS.build(config.model))

@@ -4,7 +4,7 @@ import packages
 import pytest
 import torch
 
-from vssm.integrations.openmmlab import VSSMBackbone
+from vssm.integrations.openmmlab import VSSMBackbone, build_model
 
 # Millions of parameters that the authors publish (model_zoo/*.toml), by the configuration's model.
 DETECTORS = {
@@ -42,7 +42,7 @@ def published(name):
 @pytest.mark.parametrize("name", [name for name in packages.NAMES if published(name)])
 def test_parameters_are_as_many_as_published(name):
     with torch.device("meta"):
-        model = packages.build(packages.read(name))
+        model = build_model(packages.read(name))
     if name in WITHOUT_AUXILIARY:
         del model.auxiliary_head
     count = sum(p.numel() for p in model.parameters()) / 1e6
@@ -79,7 +79,7 @@ def test_a_training_step_moves_every_parameter_that_should_move(name):
     torch.manual_seed(0)
     isotropic = registered(name).startswith(("vim", "lbvim"))
     config = packages.read(name, **(SHORT_ISOTROPIC if isotropic else SHORT))
-    model = packages.build(config).train()
+    model = build_model(config).train()
     assert isinstance(model.backbone, VSSMBackbone)
     batch, samples = detector_batch() if name.startswith("mask_rcnn") else segmentor_batch()
     losses = model.loss(batch, samples)

@@ -13,6 +13,8 @@ import torch
 from PIL import Image, ImageDraw
 from small import DETECTOR, PICTURES, SEGMENTOR
 
+from vssm.integrations.openmmlab import build_model
+
 TOOLS = {package: Path(packages.folder(package)) / ".mim" / "tools" / "train.py" for package in ("mmdet", "mmseg")}
 
 
@@ -38,7 +40,7 @@ def model_of(text, folder, checkpoint):
     """The model of a configuration with the weights of a checkpoint, as the packages read it."""
     from mmengine.runner import load_checkpoint
 
-    model = packages.build(packages.mmengine.Config.fromfile(folder / "config.py"))
+    model = build_model(packages.mmengine.Config.fromfile(folder / "config.py"))
     # The training wrote this file itself.
     load_checkpoint(model, str(checkpoint), map_location="cpu", strict=True)
     return model.eval()

@@ -7,13 +7,15 @@ import torch
 from mmdet.structures.bbox import bbox2roi
 from mmengine.structures import InstanceData
 
+from vssm import cli
 from vssm.checkpoint import load_official
+from vssm.integrations.openmmlab import build_model
 
 TOLERANCE = 1e-4
 
 
 def model_of(golden, name):
-    model = packages.build(packages.read(name)).eval()
+    model = build_model(packages.read(name)).eval()
     # As the authors' trainers write it.
     load_official(model, {"state_dict": official.official_state(golden), "meta": {}})
     assert sum(p.numel() for p in model.parameters()) == golden["params"]
@@ -72,3 +74,15 @@ def test_upernet_gives_the_official_outputs():
     got["seg_full"] = torch.nn.functional.interpolate(logits, x.shape[2:], mode="bilinear", align_corners=False)
     assert got.keys() == golden["outputs"].keys()
     assert_agrees(golden, got)
+
+
+def test_the_zoo_verifies_neck_and_heads_too(tmp_path, capsys):
+    state = official.official_state(official.load_golden("maskrcnn_vmamba_tiny"))
+    torch.save({"state_dict": state, "meta": {}}, tmp_path / "detector.pth")
+    command = ["zoo", "verify", "mask_rcnn_vmamba_tiny.1x_coco", "--file", str(tmp_path / "detector.pth")]
+    assert cli.main(command) == 0
+    assert "of the whole model fit configs/openmmlab/mask_rcnn_vmamba_tiny_1x_coco.py" in capsys.readouterr().out
+    del state["neck.fpn_convs.0.conv.bias"]
+    torch.save({"state_dict": state, "meta": {}}, tmp_path / "detector.pth")
+    assert cli.main(command) == 2
+    assert "neck.fpn_convs.0.conv.bias" in capsys.readouterr().err

@@ -9,7 +9,8 @@ from ..openmmlab_packages import require
 require("mmengine")
 
 from .backbone import VSSMBackbone  # noqa: E402  what is required comes first
+from .building import build_model  # noqa: E402
 from .layer_decay import VSSMLayerDecayConstructor  # noqa: E402
 from .necks import SimpleFeaturePyramid, VimPyramid  # noqa: E402
 
-__all__ = ["SimpleFeaturePyramid", "VSSMBackbone", "VSSMLayerDecayConstructor", "VimPyramid"]
+__all__ = ["SimpleFeaturePyramid", "VSSMBackbone", "VSSMLayerDecayConstructor", "VimPyramid", "build_model"]
