@@ -9,6 +9,9 @@ from mmengine.registry import MODELS
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
+# what configurations call it; mmdet has one in its projects only, mmpretrain's own goes before this one
+MODELS.register_module("LN2d", module=LayerNorm2d)
+
 
 def _double(channels: int, out: int | None = None) -> nn.Module:
     """Twice the resolution."""
