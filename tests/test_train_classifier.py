@@ -4,9 +4,16 @@ import runpy
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 import yaml
 from accelerate.state import AcceleratorState
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
 
+from vssm import cli
+from vssm.classification.data import VALIDATION, Digits
+from vssm.classification.trained import Trained, write_trained
 from vssm.training.records import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,3 +85,21 @@ def test_wrong_input_is_one_line(command, tmp_path, monkeypatch, capsys, argumen
     assert message in said
     assert said.startswith("train_classifier.py: ")
     assert "\n" not in said
+
+
+def test_a_trained_file_names_what_a_picture_shows(tmp_path, capsys):
+    digits = Digits(VALIDATION)
+    torch.manual_seed(0)
+    arguments = {"depths": [1, 1], "dims": [8, 16], "num_classes": 10}
+    model = timm.create_model("vmamba_tiny", **arguments)
+    config = resolve_data_config({"input_size": (3, 32, 32)}, model=model)
+    names = [f"digit {index}" for index in range(10)]
+    write_trained(tmp_path / "best.safetensors", model, Trained("vmamba_tiny", arguments, names, config, 50.0, 1))
+    Image.fromarray(digits.pictures[0]).save(tmp_path / "digit.png")
+    assert cli.main(["classify", str(tmp_path / "digit.png"), "--weights", str(tmp_path / "best.safetensors")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and all("digit " in line for line in lines)
+    image = create_transform(**config)(Image.open(tmp_path / "digit.png").convert("RGB"))[None]
+    with torch.inference_mode():
+        best = model.eval()(image)[0].softmax(0).max(0)
+    assert lines[0] == f"{100 * best.values.item():5.1f} %  digit {best.indices.item()}"

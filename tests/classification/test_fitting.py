@@ -1,6 +1,5 @@
 """The training run of a classifier: it learns, resumes bit-exactly wherever it stopped, and says what is wrong."""
 
-import json
 import math
 import multiprocessing
 import os
@@ -23,6 +22,7 @@ from vssm.classification import fitting
 from vssm.classification.evaluating import evaluate
 from vssm.classification.fitting import BEST, LAST, Run, train
 from vssm.classification.options import ClassifierOptions
+from vssm.classification.trained import load_trained, read_trained
 from vssm.training.checkpoints import load_checkpoint
 from vssm.training.diagnosis import TrainingError
 from vssm.training.records import read_rows
@@ -97,13 +97,14 @@ def test_a_run_writes_its_records_weights_and_pictures(finished):
 
 
 def test_the_best_weights_are_a_file_of_timm(finished):
-    metadata = read_weights(finished / BEST)[1]
-    model = timm.create_model(
-        metadata["model"], **json.loads(metadata["arguments"]), checkpoint_path=str(finished / BEST)
-    )
+    facts = read_trained(finished / BEST)
+    model = timm.create_model(facts.model, **facts.arguments, checkpoint_path=str(finished / BEST))
     run = Run(OPTIONS, None)
-    assert evaluate(model, run.validation, "cpu")["top1"] == pytest.approx(float(metadata["top1"]), abs=1e-3)
-    assert json.loads(metadata["classes"]) == [str(digit) for digit in range(10)]
+    assert evaluate(model, run.validation, "cpu")["top1"] == pytest.approx(facts.top1, abs=1e-3)
+    assert facts.classes == [str(digit) for digit in range(10)]
+    assert facts.top1 == load_checkpoint(finished / LAST)["best"]
+    loaded = load_trained(finished / BEST, facts).state_dict()
+    torch.testing.assert_close(loaded, dict(model.state_dict()), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("moment", ["in an epoch", "before last.pt", "after the row", "before the best weights"])
@@ -132,7 +133,7 @@ def test_a_run_that_crashed_anywhere_resumes_to_the_same_numbers(finished, tmp_p
         patch.setattr(fitting, "save_checkpoint", stop_before_saving)
         patch.setattr(fitting.Records, "add", stop_after_row)
         if moment == "before the best weights":
-            patch.setattr(Run, "_save_best", stop_before_best)
+            patch.setattr(fitting, "write_trained", stop_before_best)
         with pytest.raises(Crash):
             train(OPTIONS, tmp_path / "run", on_step=stop_at_step)
     train(OPTIONS, tmp_path / "run", resume=True)
@@ -317,6 +318,12 @@ def test_options_that_cannot_be_used_are_refused(tmp_path, changed, message):
 def test_options_that_contradict_each_other_are_refused(changed, message):
     with pytest.raises(ValueError, match=message):
         replace(OPTIONS, **changed)
+
+
+def test_sharded_weights_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(fitting.Accelerator, "distributed_type", fitting.DistributedType.FSDP)
+    with pytest.raises(ValueError, match="launch without FSDP"):
+        train(OPTIONS, tmp_path / "run")
 
 
 def test_a_folder_keeps_its_run(finished):

@@ -6,7 +6,6 @@ Letters: B is the batch of a process, K the classes.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,8 +18,8 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import gather_object, set_seed
-from safetensors.torch import load_file, save
+from accelerate.utils import DistributedType, gather_object, set_seed
+from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -42,6 +41,7 @@ from .evaluating import evaluate
 from .loading import TrainingLoader, data_config, training_transform, validation_loader, validation_transform
 from .objective import Objective, make_mixup
 from .options import ClassifierOptions
+from .trained import Trained, write_trained
 
 LAST, BEST, CONFIG = "last.pt", "best.safetensors", "config.yaml"
 COLUMNS = ("epoch", "loss", "learning_rate", "gradient_norm", "top1", "top5", "validation_loss", "average_top1")
@@ -121,6 +121,11 @@ class Run:
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         accelerator, rank, processes = self.accelerator, self.accelerator.process_index, self.accelerator.num_processes
+        if accelerator.distributed_type is DistributedType.FSDP:
+            raise ValueError(
+                "sharded weights (FSDP) cannot be averaged or resumed here; launch without FSDP: every model of vssm "
+                "fits a device, and checkpoint_gradients=true saves more"
+            )
         pictures, held_out, self.classes = open_parts(options)
         num_classes = options.num_classes or len(self.classes)
         if not num_classes or num_classes < len(self.classes):
@@ -311,7 +316,8 @@ class Run:
             measured = dict(zip(("pictures_per_second", "waited_for_data"), self.speed, strict=False))
             self.records.add(row | measured)
             if better is not None:
-                self._save_best(better, epoch)
+                facts = Trained(self.options.model, self.arguments, self.classes, self.config, self.best, epoch)
+                write_trained(self.output / BEST, better, facts)
         self._save()
 
     def _validate(self, model: nn.Module, confusion: Tensor | None = None) -> dict[str, float]:
@@ -334,20 +340,6 @@ class Run:
             if self.interruption.requested:
                 raise _Stopped
             yield batch
-
-    def _save_best(self, model: nn.Module, epoch: int) -> None:
-        metadata = {
-            "format": "pt",
-            "model": self.options.model,
-            "arguments": json.dumps(self.arguments),
-            "classes": json.dumps(self.classes),
-            "data_config": json.dumps(self.config),
-            "top1": f"{self.best:.4f}",
-            "epoch": str(epoch),
-        }
-        tensors = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
-        with replaced_file(self.output / BEST) as stream:
-            stream.write(save(tensors, metadata))
 
     def _save(self) -> None:
         states = [random_state()]

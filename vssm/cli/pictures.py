@@ -3,10 +3,12 @@
 import argparse
 import difflib
 import os
+from pathlib import Path
 
 import timm
 import torch
 
+from ..classification.trained import Trained, load_trained, read_trained
 from .common import CommandError, add_command, medical, note
 from .info import model_names
 
@@ -19,7 +21,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         commands,
         _classify,
         "classify",
-        "name what a picture shows (ImageNet classes)",
+        "name what a picture shows (ImageNet classes, or those that a classifier of yours was trained on)",
         "vssm classify cat.jpg --model vmamba_tiny --weights vssm1_tiny_0230s_ckpt_epoch_264.pth",
     )
     _picture_and_model(classify)
@@ -46,23 +48,38 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 def _picture_and_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("picture", metavar="PICTURE", help="any picture file that Pillow reads")
-    command.add_argument("--model", default=_DEFAULT_MODEL, help="a name from vssm list (default: %(default)s)")
+    command.add_argument(
+        "--model", help=f"a name from vssm list (default: what the file of weights says, else {_DEFAULT_MODEL})"
+    )
     source = command.add_mutually_exclusive_group()
-    source.add_argument("--weights", metavar="FILE", help="official checkpoint (.pth) or safetensors file")
+    source.add_argument(
+        "--weights", metavar="FILE", help="official checkpoint (.pth), or a file of train_classifier.py"
+    )
     source.add_argument("--random-weights", action="store_true", help="run without weights; the answer means nothing")
 
 
 def _classify(options: argparse.Namespace) -> None:
     from timm.data import ImageNetInfo
 
-    labels = ImageNetInfo().label_descriptions()
-    if not 1 <= options.topk <= len(labels):
+    trained = _trained(options)
+    labels = (trained and trained.classes) or ImageNetInfo().label_descriptions()
+    if options.topk < 1 or (not trained and options.topk > len(labels)):
         raise CommandError(f"--topk must be between 1 and {len(labels)}, got {options.topk}")
     model, _, image = _model_and_image(options)
     with torch.inference_mode():
         probabilities = model(image)[0].softmax(dim=0)
-    for probability, index in zip(*(values.tolist() for values in probabilities.topk(options.topk)), strict=True):
+    if len(labels) != len(probabilities):
+        labels = [f"class {index}" for index in range(len(probabilities))]
+    best = probabilities.topk(min(options.topk, len(labels)))
+    for probability, index in zip(*(values.tolist() for values in best), strict=True):
         print(f"{100 * probability:5.1f} %  {labels[index]}")
+
+
+def _trained(options: argparse.Namespace) -> Trained | None:
+    """What a file of train_classifier.py says of itself; None for other files, and without one."""
+    if options.weights is None or options.model is not None:
+        return None
+    return read_trained(Path(options.weights))
 
 
 def _explain(options: argparse.Namespace) -> None:
@@ -108,15 +125,16 @@ def _model_and_image(options: argparse.Namespace) -> tuple[torch.nn.Module, dict
 
     from vssm.checkpoint import load_official
 
-    names = model_names()
-    if options.model not in names:
-        close = difflib.get_close_matches(options.model, names, n=1)
+    trained = _trained(options)
+    names, name = model_names(), options.model or _DEFAULT_MODEL
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
-        raise CommandError(f"no model is called {options.model}; {hint}run vssm list to see all")
+        raise CommandError(f"no model is called {name}; {hint}run vssm list to see all")
     if options.weights is None and not options.random_weights:
-        tag = timm.get_pretrained_cfg(options.model).tag
+        tag = timm.get_pretrained_cfg(name).tag
         raise CommandError(
-            f"{options.model} has no weights of its own; run vssm zoo get {options.model}.{tag} and pass the file that "
+            f"{name} has no weights of its own; run vssm zoo get {name}.{tag} and pass the file that "
             "it prints as --weights FILE, or pass --random-weights to try the command with an answer that means nothing"
         )
     try:
@@ -126,7 +144,13 @@ def _model_and_image(options: argparse.Namespace) -> tuple[torch.nn.Module, dict
         raise CommandError(f"{options.picture}: no such file; check the name") from None
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise CommandError(f"{options.picture}: is not a picture that can be read ({error})") from None
-    model = timm.create_model(options.model).eval()
+    if trained:
+        try:
+            model = load_trained(Path(options.weights), trained)
+        except ValueError as error:
+            raise CommandError(f"--weights: {error}") from None
+        return model, trained.data_config, create_transform(**trained.data_config)(picture)[None]
+    model = timm.create_model(name).eval()
     if options.weights is not None:
         try:
             load_official(model, options.weights)
