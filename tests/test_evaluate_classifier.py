@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from timm.data import ImageNetInfo
 
 from vssm.classification.results import read_results
+from vssm.classification.trained import Trained, write_trained
 from vssm.hashing import file_sha256
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
@@ -100,6 +101,21 @@ def test_a_folder_of_other_classes_under_autocast(run, weights, tmp_path):
     status, _, _, rows = run("vmamba_tiny", "--weights", file, *arguments)
     assert status == 0
     assert (rows[0].data, rows[0].top1, rows[0].precision, rows[0].crop_pct) == ("pets", 50, "bfloat16", 1.0)
+
+
+def test_a_file_of_the_trainer_says_what_it_holds(run, tmp_path):
+    arguments = {"num_classes": 3}
+    network = timm.create_model("vmamba_tiny", **arguments)
+    facts = Trained("vmamba_tiny", arguments, ["a", "b", "c"], {}, 50.0, 1)
+    write_trained(tmp_path / "best.safetensors", network, facts)
+    write_pictures(tmp_path / "pictures", {name: [10, 200] for name in "abc"})
+    given = "--weights", tmp_path / "best.safetensors", "--folder", tmp_path / "pictures", "--sizes", "32"
+    status, _, _, rows = run("vmamba_tiny", *given)
+    assert status == 0
+    assert [(row.data, row.images) for row in rows] == [("pictures", 6)]
+    status, _, err, _ = run("vmamba_small", *given)
+    assert status == 2
+    assert "holds a vmamba_tiny, not a vmamba_small" in err
 
 
 @pytest.mark.parametrize(

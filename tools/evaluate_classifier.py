@@ -26,6 +26,7 @@ from vssm import zoo
 from vssm.checkpoint import load_official
 from vssm.classification.rating import DATA_SETS, rate
 from vssm.classification.results import as_line, record
+from vssm.classification.trained import load_trained, read_trained
 from vssm.cli.common import WRONG_INPUT, Parser, positive, usable_device
 from vssm.hashing import file_sha256
 from vssm.weights import WeightsError, get
@@ -34,7 +35,7 @@ EXAMPLE = """examples:
   python tools/evaluate_classifier.py vmamba_tiny --imagenet-val imagenet/val --amp bfloat16
   python tools/evaluate_classifier.py vmamba_tiny --imagenet-val imagenet/val --sizes 192 224 384 512 768 1024
   python tools/evaluate_classifier.py swin_tiny_patch4_window7_224 --imagenet-a imagenet-a --imagenet-r imagenet-r
-  python tools/evaluate_classifier.py vmamba_tiny --weights pets.safetensors --num-classes 37 --folder pets/test"""
+  python tools/evaluate_classifier.py vmamba_tiny --weights runs/pets/best.safetensors --folder pets/test"""
 FAILED = 1
 PRECISIONS = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -116,6 +117,11 @@ def _load(options: argparse.Namespace, size: int) -> tuple[nn.Module, str, str]:
         arguments["num_classes"] = options.num_classes
     facts = zoo.published("classification").get(f"{bare}.{cfg.tag}")
     path = options.weights
+    trained = None if path is None else read_trained(path)
+    if trained is not None:
+        if trained.model != bare:
+            raise ValueError(f"{path} holds a {trained.model}, not a {bare}")
+        return load_trained(path, trained), bare, file_sha256(path)
     if path is None and facts is None:
         return timm.create_model(options.model, pretrained=True, **arguments), f"{bare}.{cfg.tag}", ""
     if path is None:

@@ -126,6 +126,12 @@ def test_validation_pictures_are_shared_out_once():
     assert sorted(row.numpy().tobytes() for row in found) == expected
 
 
+def test_a_process_without_validation_pictures_is_refused(folder):
+    pictures, _ = open_pictures(replace(OPTIONS, data=str(folder)), VALIDATION)
+    with pytest.raises(ValueError, match="4 pictures to validate on are fewer than the 5 processes"):
+        validation_loader(pictures, OPTIONS, 0, 5)
+
+
 def test_folders_give_pictures_and_the_names_of_their_classes(folder):
     options = replace(OPTIONS, data=str(folder))
     training, names = open_pictures(options, TRAINING)

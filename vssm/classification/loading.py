@@ -106,8 +106,14 @@ class TrainingLoader:
 def validation_loader(
     pictures: Any, options: ClassifierOptions, process: int, processes: int, pin: bool = False
 ) -> DataLoader:
-    """The part of the validation pictures that a process evaluates: every n-th."""
+    """The part of the validation pictures that a process evaluates: every n-th.
+
+    Raises:
+        ValueError: there are fewer pictures than processes.
+    """
     if not isinstance(pictures, IterableImageDataset):
+        if len(pictures) < processes:
+            raise ValueError(f"{len(pictures)} pictures to validate on are fewer than the {processes} processes")
         pictures = Subset(pictures, range(process, len(pictures), processes))
     # an own generator: how often one validates, or stops while doing so, must not change what is drawn in training
     return DataLoader(
