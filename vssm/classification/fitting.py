@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object, set_seed
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
@@ -115,11 +115,7 @@ class Run:
         progress: Callable[[Iterable], Iterable] = lambda batches: batches,
     ) -> None:
         self.options, self.output, self.progress = options, output, progress
-        self.accelerator = Accelerator(
-            cpu=options.cpu,
-            mixed_precision=options.precision,
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-        )
+        self.accelerator = Accelerator(cpu=options.cpu, mixed_precision=options.precision)
         accelerator, rank, processes = self.accelerator, self.accelerator.process_index, self.accelerator.num_processes
         if accelerator.distributed_type is DistributedType.FSDP:
             raise ValueError(
