@@ -8,6 +8,7 @@ import timm
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from classification.pictures import write_pictures
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
@@ -85,6 +86,20 @@ def test_wrong_input_is_one_line(command, tmp_path, monkeypatch, capsys, argumen
     assert message in said
     assert said.startswith("train_classifier.py: ")
     assert "\n" not in said
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_picture_that_cannot_be_read_is_one_line_with_its_name(command, tmp_path, capsys, part, workers):
+    for folder in ("train", "val"):
+        write_pictures(tmp_path / folder, {"cat": [10, 20], "dog": [200, 210]})
+    (tmp_path / part / "dog" / "1.png").write_bytes(b"no picture")
+    settings = [f"data={tmp_path}", f"workers={workers}", "epochs=2"]
+    arguments = ["--config", str(DIGITS), "--output", str(tmp_path / "run"), *SMALL]
+    assert command([*arguments, *(word for setting in settings for word in ("--set", setting))]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    assert f"{tmp_path / part / 'dog' / '1.png'} cannot be read as a picture" in said[0]
 
 
 def test_a_trained_file_names_what_a_picture_shows(tmp_path, capsys):

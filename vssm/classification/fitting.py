@@ -38,6 +38,7 @@ from .building import Schedule, build_model, build_optimizer, build_teacher, mod
 from .data import open_parts
 from .drawing import draw_confusion
 from .evaluating import evaluate
+from .folders import plain
 from .loading import TrainingLoader, data_config, training_transform, validation_loader, validation_transform
 from .objective import Objective, make_mixup
 from .options import ClassifierOptions
@@ -256,9 +257,8 @@ class Run:
                 f"the data end after {self.step % self.loader.steps} of {self.loader.steps} steps of an epoch; set "
                 "steps_per_epoch"
             ) from None
-        # a process that reads pictures puts its traceback before the sentence
         except ValueError as error:
-            raise ValueError(str(error).rpartition("ValueError: ")[2].strip()) from None
+            raise plain(error) from None
         self.waited += time.perf_counter() - begun
         device = self.accelerator.device
         layout = torch.channels_last if self.options.channels_last else torch.preserve_format
@@ -323,6 +323,8 @@ class Run:
             part = evaluate(model, loader, self.accelerator.device, amp, confusion=confusion)
         except FloatingPointError as error:
             raise TrainingError(f"validation after step {self.step}: {error}") from None
+        except ValueError as error:
+            raise plain(error) from None
         except _Stopped:
             part = None
         parts = gather_object([part]) if self.accelerator.num_processes > 1 else [part]

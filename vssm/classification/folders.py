@@ -29,6 +29,11 @@ class LabelledPictures(ImageDataset):
         return self.transform(picture), target
 
 
+def plain(error: ValueError) -> ValueError:
+    """An error from a loader without the traceback that a process that reads pictures puts before its sentence."""
+    return ValueError(str(error).rpartition("ValueError: ")[2].strip())
+
+
 def imagenet_folder(root: Path, part: bool = False) -> tuple[LabelledPictures, list[int] | None]:
     """Pictures in one folder per class of ImageNet-1k.
 

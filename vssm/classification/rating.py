@@ -14,7 +14,7 @@ import vssm
 
 from ..machine import device_name
 from .evaluating import evaluate
-from .folders import IMAGENET_CLASSES, class_folder, evaluation_loader, imagenet_folder
+from .folders import IMAGENET_CLASSES, class_folder, evaluation_loader, imagenet_folder, plain
 from .results import Result
 
 # What the data sets are called in results, and whether only the classes that have a folder compete.
@@ -70,8 +70,7 @@ def rate(
     try:
         got = evaluate(model, progress(loader), device, amp, classes)
     except ValueError as error:
-        # a process that reads pictures puts its traceback before the sentence
-        raise ValueError(str(error).rpartition("ValueError: ")[2].strip()) from None
+        raise plain(error) from None
     return Result(
         weights=weights,
         sha256=sha256,
