@@ -6,7 +6,8 @@ Examples:
     python tools/model_table.py --models ''           # count nothing, write the page anew
 
 Writes model_zoo/models.json (what was counted and measured here) and model_zoo/README.md (that beside what the authors
-published, from model_zoo/*.toml, and what `tools/evaluate_classifier.py` found, from model_zoo/results.csv).
+published, from model_zoo/*.toml, what `tools/evaluate_classifier.py` found, from model_zoo/results.csv, and what other
+tools compared, from model_zoo/benchmarks/).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from vssm.cli import model_names
 from vssm.complexity import complexity
 
 ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "model_zoo" / "benchmarks"
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "models")]
 
 import families  # noqa: E402
@@ -76,6 +78,21 @@ RESULTS = """
 By `python tools/evaluate_classifier.py`, from model_zoo/results.csv.
 
 """
+# Written by a tool's --output model_zoo/benchmarks/NAME.
+TRAINED = {
+    "segmenters-cpu": (
+        "Segmentation networks, trained equally long here",
+        "Grey and white matter of half a template, Dice on the other half. Other work ran on the machine: processor "
+        "seconds compare, wall seconds do not. Time and memory of whole networks at 128 x 128 x 128 beside MONAI's: "
+        "[benchmarks/networks-cpu.md](benchmarks/networks-cpu.md).",
+    ),
+    "digits-cpu": (
+        "Classifiers, trained equally long here",
+        "Every family and three of timm's own, shrunk to about a third of a million parameters, on scikit-learn's "
+        "handwritten digits by one recipe, not tuned to any of them. One seed; a digit is 0.27 %: differences below a "
+        "percent mean nothing.",
+    ),
+}
 NO_RESULTS = "Nothing yet: no published weight was downloaded or evaluated here.\n"
 
 
@@ -123,7 +140,7 @@ def measure(name: str) -> dict:
 
 def page() -> str:
     """The page, from models.json, the TOML files and results.csv."""
-    return HEADER + _classifiers() + "".join(map(_dense, SECTIONS)) + _results()
+    return HEADER + _classifiers() + "".join(map(_dense, SECTIONS)) + _results() + "".join(map(_trained, TRAINED))
 
 
 def _classifiers() -> str:
@@ -168,6 +185,13 @@ def _results() -> str:
         where = row.precision, row.device, row.date
         lines.append([f"`{row.weights}`", row.data, str(row.size), f"{row.images:,}", *figures, *where])
     return RESULTS + _markdown(lines)
+
+
+def _trained(name: str) -> str:
+    """The section of a comparison that a tool wrote."""
+    title, text = TRAINED[name]
+    report = (BENCHMARKS / f"{name}.md").read_text(encoding="utf-8")
+    return f"\n## {title}\n\n{text}\n\n{report}"
 
 
 def _markdown(lines: list[list[str]]) -> str:
