@@ -295,6 +295,7 @@ def test_broken_numbers_stop_the_run_and_keep_the_last_good_state(tmp_path, monk
     [
         ({"model": "vmamba_huge"}, "no model is called vmamba_huge"),
         ({"model_arguments": {"depth": 3}}, "vmamba_tiny cannot be made with"),
+        ({"precision": "fp16"}, "precision fp16 needs an accelerator"),
         ({"num_classes": 3}, "num_classes is 3, the data have 10 classes"),
         ({"weights": "nowhere.pth"}, "neither a file nor a row of the zoo"),
         ({"distillation": "hard", "teacher": "resnet18"}, "vmamba_tiny has no second classifier"),

@@ -29,7 +29,7 @@ HRV = SWIN | {"precision": "no", "size": 256}
 FINE = VIM | {"peak": 1e-5, "decay": 1e-8, "epochs": 30, "drop": 0.0}
 VCM = VIM | {"batch": 1152, "peak": 2.25e-3, "drop": 0.2}
 PUBLISHED = {
-    "vmambav0_tiny": SWIN | {"drop": 0.2},
+    "vmambav0_tiny": SWIN | {"drop": 0.2, "ema": 0.0},
     "vmambav0_small": SWIN | {"drop": 0.3},
     "vmambav0_base": SWIN | {"drop": 0.5},
     "vmamba_tiny_s2l5": SWIN | {"drop": 0.2},
@@ -108,6 +108,8 @@ def test_a_recipe_has_the_published_settings(name):
     deit = name.startswith(("vim", "lbvim", "vcmamba"))
     assert (options.repeats, options.per_epoch) == ((3, True) if deit else (1, False))
     assert options.warmup_prefix == (not deit and not name.startswith("hrvmamba"))
+    crop = options.crop_pct or timm.get_pretrained_cfg(options.model).crop_pct
+    assert crop == (1.0 if name.startswith("hrvmamba") else 0.875)
     efficient = name.startswith("efficient")
     assert (options.mixup, options.cutmix, options.smoothing) == (0.2 if efficient else 0.8, 1.0, 0.1)
     assert options.auto_augment == ("rand-m9-mstd0.5" if efficient else "rand-m9-mstd0.5-inc1")

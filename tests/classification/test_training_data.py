@@ -19,7 +19,13 @@ from vssm.classification.data import (
     open_pictures,
     order_of_epoch,
 )
-from vssm.classification.loading import TrainingLoader, data_config, training_transform, validation_loader
+from vssm.classification.loading import (
+    TrainingLoader,
+    _augmentations,
+    data_config,
+    training_transform,
+    validation_loader,
+)
 from vssm.classification.options import ClassifierOptions
 
 OPTIONS = ClassifierOptions(model="vmamba_tiny", data="digits", image_size=16, batch_size=8)
@@ -97,6 +103,20 @@ def test_a_picture_is_augmented_anew_in_every_epoch():
     assert not torch.equal(drawn[7, 0, 3][0], drawn[7, 1, 3][0])
     assert not torch.equal(drawn[7, 0, 3][0], drawn[7, 0, 4][0])
     assert torch.equal(drawn[7, 0, 3][0], drawn[7, 0, 3][0])
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "original", "augmix-m5"])
+def test_posterizing_to_no_bits_gives_a_black_picture(policy):
+    """RandAugment asks for it about once in 650 pictures; Pillow 13 refuses it."""
+    options = replace(OPTIONS, auto_augment=policy)
+    transform = training_transform(options, data_config(options, torch.nn.Module()))
+    ops = [op for op in _augmentations(transform) if op.name.startswith("Posterize")]
+    assert ops
+    picture = Image.new("RGB", (4, 4), (200, 100, 50))
+    for op in ops:
+        assert op.aug_fn(picture, 0).getcolors() == [(16, (0, 0, 0))]
+        assert op.aug_fn(picture, 1).getcolors() == [(16, (128, 0, 0))]
+        assert op.aug_fn(picture, 8).getcolors() == [(16, (200, 100, 50))]
 
 
 def test_two_processes_share_the_batch_of_one():

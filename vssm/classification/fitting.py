@@ -123,6 +123,8 @@ class Run:
                 "sharded weights (FSDP) cannot be averaged or resumed here; launch without FSDP: every model of vssm "
                 "fits a device, and checkpoint_gradients=true saves more"
             )
+        if options.precision == "fp16" and accelerator.device.type == "cpu":
+            raise ValueError("precision fp16 needs an accelerator; set precision=bf16 or precision=no for a CPU")
         pictures, held_out, self.classes = open_parts(options)
         num_classes = options.num_classes or len(self.classes)
         if not num_classes or num_classes < len(self.classes):

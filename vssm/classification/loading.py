@@ -7,7 +7,9 @@ from itertools import islice
 from typing import Any
 
 import torch
+from PIL import Image
 from timm.data import IterableImageDataset, create_transform, resolve_data_config
+from timm.data.auto_augment import AugmentOp, posterize
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
@@ -26,7 +28,7 @@ def data_config(options: ClassifierOptions, model: nn.Module) -> dict[str, Any]:
 
 def training_transform(options: ClassifierOptions, config: dict[str, Any]) -> Any:
     """timm's augmentation: random crop, flip, RandAugment, normalisation, erasing."""
-    return create_transform(
+    transform = create_transform(
         config["input_size"],
         is_training=True,
         scale=tuple(options.crop_scale),
@@ -40,6 +42,25 @@ def training_transform(options: ClassifierOptions, config: dict[str, Any]) -> An
         re_prob=options.erase_prob,
         re_mode="pixel",
     )
+    for op in _augmentations(transform):
+        if op.aug_fn is posterize:
+            op.aug_fn = _posterize
+    return transform
+
+
+def _augmentations(transform: Any) -> list[AugmentOp]:
+    """The single operations of RandAugment, AutoAugment or AugMix in timm's transform."""
+    found = []
+    for step in transform.transforms:
+        for op in getattr(step, "ops", None) or [op for row in getattr(step, "policy", ()) for op in row]:
+            if isinstance(op, AugmentOp):
+                found.append(op)
+    return found
+
+
+def _posterize(picture: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    """timm's, for no bits too: a black picture, as Pillow gave before it refused that (13.0)."""
+    return posterize(picture, bits_to_keep) if bits_to_keep else picture.point(lambda value: 0)
 
 
 def validation_transform(config: dict[str, Any]) -> Any:

@@ -87,4 +87,4 @@ class Objective:
             return F.cross_entropy(logits, wanted.argmax(dim=1))
         temperature = self.options.distillation_temperature
         student, teacher = ((z / temperature).log_softmax(dim=1) for z in (logits, wanted))
-        return F.kl_div(student, teacher, reduction="mean", log_target=True) * temperature**2
+        return F.kl_div(student, teacher, reduction="sum", log_target=True) / student.numel() * temperature**2
