@@ -101,6 +101,9 @@ def _checked(name: str, hint: Any, value: Any) -> Any:
     if kind is float and type(value) in (int, str):
         with suppress(ValueError):
             value = float(value)
+    # YAML reads a no without quotes as false
+    if value is False and any(isinstance(limits, Choice) and "no" in limits.texts for limits in limits_given):
+        value = "no"
     if type(value) is not kind:
         raise ValueError(f"option {name} must be {kind.__name__}, got {value!r}")
     for limits in limits_given:
