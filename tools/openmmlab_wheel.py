@@ -1,8 +1,8 @@
 """Find or build onedl-mmcv for the torch that is installed, and print the path of the wheel.
 
-onedl-mmcv is published as source and must be compiled against the torch it runs with, which takes 15 to 50 minutes. The
-wheel is kept in a cache keyed by torch's version, Python and machine; pip's own cache would take one made for another
-torch. Looked for in this order: the folder in VSSM_WHEELS, ../shared/wheels/torchMAJOR.MINOR, the cache.
+onedl-mmcv is published as source and must be compiled against the torch it runs with, which takes about half an
+hour. The wheel is kept in a cache keyed by torch's version, Python and machine; pip's own cache would take one made
+for another torch. Looked for in this order: the folder in VSSM_WHEELS, ../shared/wheels/torchMAJOR.MINOR, the cache.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def build() -> Path:
     """
     folder = cache()
     folder.mkdir(parents=True, exist_ok=True)
-    print(f"building {PACKAGE} for torch {version()[0]}; this takes 15 to 50 minutes", file=sys.stderr)
+    print(f"building {PACKAGE} for torch {version()[0]}; this takes about half an hour on two cores", file=sys.stderr)
     run([sys.executable, "-m", "pip", "install", "-q", *NEEDS])
     with tempfile.TemporaryDirectory() as scratch:
         compiler = Path(scratch) / "c++"
