@@ -178,42 +178,47 @@ def _train_in_child(options, folder, resume):
     train(options, folder, resume)
 
 
-def test_kills_at_random_moments_change_nothing(tmp_path):
-    """At least two kills, at most ten, as many as come before the run ends.
+def test_ten_kills_at_random_moments_change_nothing(tmp_path):
+    """Runs are killed and resumed until ten kills are counted; each ends as the run that nobody killed.
 
     Children are forked from a process that has imported everything, so that the kills hit the training.
     """
     options = replace(OPTIONS, epochs=12, steps_per_epoch=2)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["vssm.classification.fitting", "torch.utils.tensorboard"])
-    folders = [tmp_path / name for name in ("whole", "killed")]
     # the server imports before the first child is timed
     first = context.Process(target=time.sleep, args=(0,))
     first.start()
     first.join()
-    whole = context.Process(target=_train_in_child, args=(options, folders[0], False))
+    whole = tmp_path / "whole"
     begun = time.monotonic()
-    whole.start()
-    whole.join()
+    assert _run_in_child(context, options, whole, False, None)
     took = time.monotonic() - begun
-    assert whole.exitcode == 0
-    drawn, kills = random.Random(0), 0
-    resume = False
+    drawn, kills, runs = random.Random(0), 0, 0
     while kills < 10:
-        child = context.Process(target=_train_in_child, args=(options, folders[1], resume))
-        child.start()
-        child.join(drawn.uniform(0.1, 0.4) * took)
-        if child.exitcode is not None:
-            assert child.exitcode == 0
-            break
+        folder, finished = tmp_path / f"killed_{runs}", False
+        runs += 1
+        while not finished:
+            wait = drawn.uniform(0.1, 0.4) * took if kills < 10 else None
+            finished = _run_in_child(context, options, folder, (folder / fitting.CONFIG).exists(), wait)
+            kills += not finished
+        assert_same_run(whole, folder)
+    assert kills == 10
+    # a run of no more than a kill or two would say little about many
+    assert runs <= 5
+
+
+def _run_in_child(context, options, folder, resume, wait):
+    """Train in a child of its own and kill it after `wait` seconds; whether it finished before."""
+    child = context.Process(target=_train_in_child, args=(options, folder, resume))
+    child.start()
+    child.join(wait)
+    if child.exitcode is None:
         child.kill()
         child.join()
-        kills += 1
-        resume = (folders[1] / fitting.CONFIG).exists()
-    if child.exitcode != 0:
-        train(options, folders[1], resume)
-    assert kills >= 2
-    assert_same_run(*folders)
+        return False
+    assert child.exitcode == 0
+    return True
 
 
 def test_the_command_ends_well_when_it_is_terminated(tmp_path):
