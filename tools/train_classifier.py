@@ -10,6 +10,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -27,6 +28,8 @@ EXAMPLES = """examples:
   python tools/train_classifier.py --config configs/imagenet/digits.yaml --output runs/digits
   python tools/train_classifier.py --config configs/imagenet/vmamba_tiny.yaml --output runs/t --set data=imagenet
   torchrun --nproc-per-node 8 tools/train_classifier.py --config configs/imagenet/vssd_tiny.yaml --output runs/v
+  torchrun --nproc-per-node 8 tools/train_classifier.py --config configs/imagenet/vssd_base.yaml --output runs/b \
+      --set shard=true
   python tools/train_classifier.py --config configs/imagenet/vmamba_tiny.yaml --output runs/t --resume
   python tools/train_classifier.py --config configs/imagenet/vmamba_tiny.yaml --dry-run --set data=synthetic
   python tools/train_classifier.py --config configs/imagenet/vmamba_tiny.yaml --benchmark --set batch_size=64"""
@@ -59,10 +62,14 @@ def _train(given: argparse.Namespace, bar: Bar) -> int:
 
     options = read_options(ClassifierOptions, given.config, given.set)
     if given.dry_run:
-        run = Run(options, None)
-        print("\n".join(as_lines(run, forecast(run))))
+        run = Run(replace(options, shard=False), None)
+        plan = as_lines(run, forecast(run, options.shard))
+        if is_main_process():
+            print("\n".join(plan))
         return 0
     if given.benchmark:
+        if options.shard:
+            raise ValueError("--benchmark trains on one device; set shard=false")
         _compare(options, given.peers)
         return 0
     outcome = train(options, given.output, given.resume, show, partial(bar.over, what="validation", unit="batch"))

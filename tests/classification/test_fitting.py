@@ -329,12 +329,6 @@ def test_options_that_contradict_each_other_are_refused(changed, message):
         replace(OPTIONS, **changed)
 
 
-def test_sharded_weights_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(fitting.Accelerator, "distributed_type", fitting.DistributedType.FSDP)
-    with pytest.raises(ValueError, match="launch without FSDP"):
-        train(OPTIONS, tmp_path / "run")
-
-
 def test_a_folder_keeps_its_run(finished):
     with pytest.raises(ValueError, match="holds a run; continue it with --resume"):
         train(OPTIONS, finished)

@@ -5,11 +5,12 @@ Letters: B is the batch of a process, K the classes.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object, set_seed
+from accelerate.utils import gather_object, set_seed
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from ..training.checkpoints import (
 )
 from ..training.diagnosis import TrainingError, check_weights, describe_failure
 from ..training.interruption import Interruption
+from ..training.processes import open_processes
 from ..training.records import Records, draw_curves
 from .building import Schedule, build_model, build_optimizer, build_teacher, model_arguments, scaled
 from .data import open_parts
@@ -42,6 +43,7 @@ from .folders import plain
 from .loading import TrainingLoader, data_config, training_transform, validation_loader, validation_transform
 from .objective import Objective, make_mixup
 from .options import ClassifierOptions
+from .sharding import gather, scatter, shard, sharded_state, whole_state
 from .trained import Trained, write_trained
 
 LAST, BEST, CONFIG = "last.pt", "best.safetensors", "config.yaml"
@@ -116,15 +118,10 @@ class Run:
         progress: Callable[[Iterable], Iterable] = lambda batches: batches,
     ) -> None:
         self.options, self.output, self.progress = options, output, progress
-        self.accelerator = Accelerator(cpu=options.cpu, mixed_precision=options.precision)
+        self.accelerator = open_processes(options.cpu, options.precision)
         accelerator, rank, processes = self.accelerator, self.accelerator.process_index, self.accelerator.num_processes
-        if accelerator.distributed_type is DistributedType.FSDP:
-            raise ValueError(
-                "sharded weights (FSDP) cannot be averaged or resumed here; launch without FSDP: every model of vssm "
-                "fits a device, and checkpoint_gradients=true saves more"
-            )
-        if options.precision == "fp16" and accelerator.device.type == "cpu":
-            raise ValueError("precision fp16 needs an accelerator; set precision=bf16 or precision=no for a CPU")
+        if options.shard and processes == 1:
+            raise ValueError("shard=true splits weights over processes; launch several with torchrun, or set it false")
         pictures, held_out, self.classes = open_parts(options)
         num_classes = options.num_classes or len(self.classes)
         if not num_classes or num_classes < len(self.classes):
@@ -152,9 +149,16 @@ class Run:
         self.held_out, self.validation = len(held_out), validation_loader(held_out, options, rank, processes, pin)
         self.pictures_per_step = options.batch_size * options.accumulation * processes
         self.rate = scaled(options, self.pictures_per_step)[0]
-        self.network, self.optimizer = accelerator.prepare(network, build_optimizer(options, network, self.rate))
+        # `plain` has the whole weights and no wrapper: the network itself, or a copy that follows the shards
+        if options.shard:
+            self.network = network.to(accelerator.device)
+            self.plain = copy.deepcopy(self.network)
+            shard(self.network, processes)
+            self.optimizer = accelerator.prepare(build_optimizer(options, self.network, self.rate))
+        else:
+            self.network, self.optimizer = accelerator.prepare(network, build_optimizer(options, network, self.rate))
+            self.plain = accelerator.unwrap_model(self.network)
         self.schedule = Schedule(options, self.optimizer, self.loader.steps, self.pictures_per_step)
-        self.plain = accelerator.unwrap_model(self.network)
         self.average = ModelEmaV3(self.plain, decay=options.average_decay) if options.average_decay else None
         teacher = build_teacher(options, num_classes)
         self.objective = Objective(
@@ -229,25 +233,43 @@ class Run:
         for part in range(options.accumulation):
             images, targets = self._next(batches)
             # gradients of several processes are added up with the last part
-            wait = part + 1 < options.accumulation
-            with accelerator.no_sync(self.network) if wait else nullcontext():
+            with self._without_sync() if part + 1 < options.accumulation else nullcontext():
                 outputs, loss = self._forward(images, targets)
                 accelerator.backward(loss / options.accumulation)
             total[0] += loss.detach() / options.accumulation
         total[1] = float(stop)
         total = accelerator.reduce(total, "mean")
-        norm = accelerator.clip_grad_norm_(self.network.parameters(), options.max_gradient or math.inf)
+        norm = float(accelerator.clip_grad_norm_(self.network.parameters(), options.max_gradient or math.inf))
         mean, asked = total.tolist()
         # with float16 an infinite gradient is no failure: the step is left out and the scale halved
         if not math.isfinite(mean) or (accelerator.scaler is None and not math.isfinite(norm)):
             raise TrainingError(self._failure(rate, images, targets, outputs, loss))
         self.optimizer.step()
         if self.average is not None:
+            self._gather()
             self.average.update(self.plain, step=self.step + 1)
         self.losses.append(mean)
         if math.isfinite(norm):
-            self.norms.append(float(norm))
+            self.norms.append(norm)
         return mean, asked > 0
+
+    @contextmanager
+    def _without_sync(self) -> Iterator[None]:
+        """Gradients stay where they were made, to be added up with those of a later backward pass."""
+        if not self.options.shard:
+            with self.accelerator.no_sync(self.network):
+                yield
+            return
+        self.network.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self.network.set_requires_gradient_sync(True)
+
+    def _gather(self, gradients: bool = False) -> None:
+        """Bring `plain` up to date with shards, if there are some."""
+        if self.options.shard:
+            gather(self.network, self.plain, gradients)
 
     def _next(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """The next batch, on the device, mixed."""
@@ -271,11 +293,13 @@ class Run:
     def _forward(self, images: Tensor, targets: Tensor) -> tuple[list[Tensor], Tensor]:
         with self.accelerator.autocast():
             outputs = self.network(images)
-        outputs = list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
+        # the loss of half precision is taken in float32
+        outputs = [output.float() for output in (outputs if isinstance(outputs, (list, tuple)) else [outputs])]
         return outputs, self.objective(outputs, targets, images, self.step / self.last)
 
     def _failure(self, rate: float, images: Tensor, targets: Tensor, outputs: list[Tensor], loss: Tensor) -> str:
         """Save the batch and say what broke."""
+        self._gather(gradients=True)
         said = describe_failure(self.step + 1, rate, self.plain, images, outputs, loss.detach())
         if self.output is None:
             return said
@@ -287,6 +311,7 @@ class Run:
     def _finish_epoch(self) -> None:
         """Validate if it is time, record, and save."""
         options, epoch = self.options, self.epochs + 1
+        self._gather()
         check_weights(self.plain, self.step)
         row = {
             "epoch": epoch,
@@ -320,6 +345,10 @@ class Run:
 
     def _validate(self, model: nn.Module, confusion: Tensor | None = None) -> dict[str, float]:
         """Rates over all validation pictures, on every process."""
+        if self.accelerator.num_processes > 1:
+            # statistics of batch norms differ between processes; those of the first are saved
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, 0)
         loader, amp = self._until_stopped(self.progress(self.validation)), _AMP[self.options.precision]
         try:
             part = evaluate(model, loader, self.accelerator.device, amp, confusion=confusion)
@@ -345,13 +374,17 @@ class Run:
         states = [random_state()]
         if self.accelerator.num_processes > 1:
             states = gather_object(states)
+        self._gather()
+        optimizer = self.optimizer.state_dict()
+        if self.options.shard:
+            optimizer = whole_state(optimizer)
         if not self.accelerator.is_main_process:
             return
         scaler = self.accelerator.scaler
         state = {
             "network": self.plain.state_dict(),
             "average": None if self.average is None else self.average.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "scaler": None if scaler is None else scaler.state_dict(),
             "random": states,
             "options": dataclasses.asdict(self.options),
@@ -369,7 +402,11 @@ class Run:
             checkpoint["random"], self.output, accelerator.process_index, accelerator.num_processes
         )
         self.plain.load_state_dict(checkpoint["network"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        optimizer = checkpoint["optimizer"]
+        if self.options.shard:
+            scatter(self.plain, self.network)
+            optimizer = sharded_state(optimizer, self.optimizer)
+        self.optimizer.load_state_dict(optimizer)
         if self.average is not None:
             self.average.module.load_state_dict(checkpoint["average"])
         if accelerator.scaler is not None:

@@ -48,9 +48,11 @@ class Forecast:
     trial: int
 
 
-def forecast(run: Run) -> Forecast:
+def forecast(run: Run, sharded: bool = False) -> Forecast:
     """Measure a few small steps of `run` and extrapolate in proportion to the pictures; its state is spent by it.
 
+    `run` must hold whole weights, though the one that is planned may be `sharded`: gathered ones would be counted as
+    activations.
     Activations are the bytes of all tensors that autograd keeps, weights left out; what kernels need for a moment and
     the teacher's passes are not in them.
     """
@@ -74,7 +76,7 @@ def forecast(run: Run) -> Forecast:
         steps_per_epoch=run.loader.steps,
         pictures_per_step=run.pictures_per_step,
         rate=run.rate,
-        state_bytes=state_bytes(run),
+        state_bytes=state_bytes(run, sharded),
         activation_bytes=kept[0] + (kept[1] - kept[0]) // more * (options.batch_size - _TRIAL[0]),
         available_bytes=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory(),
         step_seconds=(seconds[0] + each * (options.batch_size - _TRIAL[0])) * options.accumulation,
@@ -82,10 +84,14 @@ def forecast(run: Run) -> Forecast:
     )
 
 
-def state_bytes(run: Run) -> int:
-    """Bytes of weights, gradients, the optimizer's state and the averaged network."""
+def state_bytes(run: Run, sharded: bool = False) -> int:
+    """Bytes of weights, gradients, the optimizer's state and the averaged network on a device."""
     weights = sum(p.numel() * p.element_size() for p in run.plain.parameters())
-    return weights * (2 + (1 if run.options.optimizer == "sgd" else 2) + (run.average is not None))
+    split, whole = 2 + (1 if run.options.optimizer == "sgd" else 2), int(run.average is not None)
+    if sharded:
+        # the copy that follows the shards comes besides
+        return weights * split // run.accelerator.num_processes + weights * (whole + 1)
+    return weights * (split + whole)
 
 
 def kept_bytes(run: Run, batch: tuple[torch.Tensor, torch.Tensor]) -> int:

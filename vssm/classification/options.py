@@ -65,6 +65,8 @@ class ClassifierOptions:
         compile: the network, by torch.compile.
         checkpoint_gradients: recompute blocks in the backward pass to save memory.
         sync_bn: statistics of batch norms over all processes.
+        shard: split weights, gradients and the optimizer's state over the processes (FSDP2); for validation and saving,
+            and for the average if there is one, each keeps a whole copy of the weights.
         validate_every: epochs between validations; the last epoch is always validated.
         workers: processes that prepare pictures.
         cpu: do not use an accelerator.
@@ -125,6 +127,7 @@ class ClassifierOptions:
     compile: bool = False
     checkpoint_gradients: bool = False
     sync_bn: bool = False
+    shard: bool = False
     validate_every: Annotated[int, _COUNT] = 1
     workers: Annotated[int, Range(0, 256)] = 0
     cpu: bool = False
@@ -132,6 +135,8 @@ class ClassifierOptions:
     def __post_init__(self) -> None:
         if (self.mixup or self.cutmix) and self.mixup_prob and self.batch_size % 2:
             raise ValueError(f"mixup and cutmix pair pictures; batch_size must be even, got {self.batch_size}")
+        if self.shard and self.precision == "fp16":
+            raise ValueError("shard=true goes with precision bf16 or no, not with fp16")
         if self.mesa and not self.average_decay:
             raise ValueError("mesa learns from the averaged model; set average_decay above 0")
         if (self.distillation == "none") != (not self.teacher):

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
@@ -33,6 +32,7 @@ from ..training.checkpoints import (
 )
 from ..training.diagnosis import TrainingError, check_weights, describe_failure
 from ..training.interruption import Interruption
+from ..training.processes import open_processes
 from ..training.records import Records, draw_curves
 from ..volumes.errors import VolumeError
 from ..volumes.training import dice_scores
@@ -104,7 +104,7 @@ class Run:
         self, options: TrainingOptions, output: Path, resume: bool, progress: Callable[[Iterable], Iterable]
     ) -> None:
         self.options, self.output = options, output
-        self.accelerator = Accelerator(cpu=options.cpu, mixed_precision=options.precision)
+        self.accelerator = open_processes(options.cpu, options.precision)
         self.dataset = read_dataset(options.data, options.channels, options.labels, options.label_suffix)
         cases = split_folds(self.dataset.cases, options.folds, options.fold, options.seed)
         output.mkdir(parents=True, exist_ok=True)
