@@ -184,7 +184,7 @@ def test_tar_files_are_read_like_folders(folder, tmp_path):
         (lambda root: (root / "val" / "dog").rename(root / "val" / "dogs"), {}, "have other classes, dog"),
         (lambda root: (root / "train.tar").write_bytes(b"no archive"), {"only": "tar"}, "cannot be read as a tar file"),
         (lambda root: None, {"dataset": "lmdb/x"}, "dataset must start with hfds"),
-        (lambda root: None, {"dataset": "hfds/no/such"}, "hfds/no/such cannot be read"),
+        (lambda root: None, {"dataset": "hfds//no/such"}, "hfds//no/such cannot be read"),
     ],
 )
 def test_data_that_cannot_be_used_are_named(folder, monkeypatch, break_it, changed, message):

@@ -155,9 +155,11 @@ def open_pictures(options: ClassifierOptions, part: str) -> tuple[Dataset, list[
     # what the readers' libraries raise is theirs, and their number is open
     try:
         if prefix == "hfds":
-            return LabelledPictures(options.data, create_reader(name, root=options.data, split=split)), []
+            reader = create_reader(name, root=options.data, split=split)
+            return LabelledPictures(options.data, reader), list(reader.class_to_idx)
         streamed = {"is_training": part == TRAINING, "batch_size": options.batch_size, "seed": options.seed}
-        return IterableImageDataset(options.data, reader=name, split=split, **streamed), []
+        stream = IterableImageDataset(options.data, reader=name, split=split, **streamed)
+        return stream, list(getattr(stream.reader, "class_to_idx", None) or ())
     except Exception as error:
         raise ValueError(
             f"{options.dataset} cannot be read from {options.data}, part {split}: {type(error).__name__}, {error}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -114,7 +114,7 @@ class TrainingLoader:
         if self.streamed:
             self.pictures.set_epoch(epoch)
             loader = DataLoader(self.pictures, options.batch_size, drop_last=True, **settings)
-            return islice(loader, done * parts, self.steps * parts)
+            return _named(islice(loader, done * parts, self.steps * parts), options.dataset)
         order = order_of_epoch(len(self.pictures), options.seed, epoch, options.repeats).tolist()
         whole = options.batch_size * self.processes
         batches = [
@@ -122,6 +122,15 @@ class TrainingLoader:
             for start in range(done * parts * whole, self.steps * parts * whole, whole)
         ]
         return DataLoader(Reproducible(self.pictures, options.seed), batch_sampler=batches, **settings)
+
+
+def _named(batches: Iterable, dataset: str) -> Iterator:
+    """Batches of a stream, with one sentence about what its reader cannot do."""
+    try:
+        yield from batches
+    # what the readers' libraries raise is theirs, and their number is open
+    except Exception as error:
+        raise ValueError(f"{dataset} cannot be read further: {str(error).strip().splitlines()[-1]}") from error
 
 
 def validation_loader(

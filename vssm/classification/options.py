@@ -24,7 +24,8 @@ class ClassifierOptions:
         data: folder that holds train/ and val/ (or validation/) with a folder of pictures per class; a folder or a name
             as the reader `dataset` of timm wants it; "digits" for scikit-learn's handwritten digits,
             "synthetic" for noise, to measure speed.
-        dataset: reader of timm: "" for folders and tar files, "hfds/NAME", "hfids/NAME", "wds", "tfds/NAME".
+        dataset: reader of timm: "" for folders and tar files, "hfds/NAME", "hfids/NAME", "wds", "tfds/NAME"; the NAME
+            of Hugging Face is that of the hub or a folder, `data` the cache then.
         train_split, val_split: names of the parts, for such readers.
         num_classes: 0: as many as there are class folders.
         image_size: side of the square pictures, in pixels.
