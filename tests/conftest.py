@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 import torch
@@ -19,6 +20,20 @@ def require(backend: str, reason: str) -> None:
     if backend in REQUIRED:
         pytest.fail(message)
     pytest.skip(message, allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def own_processes():
+    """Accelerate keeps its state, precision included, for the life of Python: no test meets that of another."""
+    _forget_processes()
+    yield
+    _forget_processes()
+
+
+def _forget_processes() -> None:
+    # not imported for tests that do not use it
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import pytest
 import timm
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from classification.pictures import write_pictures
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
@@ -28,7 +27,6 @@ SMALL = (
 @pytest.fixture
 def command():
     """main(arguments) of tools/train_classifier.py."""
-    AcceleratorState._reset_state(reset_partial_state=True)
     return runpy.run_path(str(ROOT / "tools" / "train_classifier.py"))["main"]
 
 

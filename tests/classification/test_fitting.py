@@ -49,11 +49,6 @@ class Crash(BaseException):
     """Stands for a power cut."""
 
 
-@pytest.fixture(autouse=True)
-def fresh_state():
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The folder of an uninterrupted run."""

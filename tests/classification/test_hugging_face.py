@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from accelerate.state import AcceleratorState
 from PIL import Image
 
 from vssm.classification.data import TRAINING, Digits
@@ -53,7 +52,6 @@ def write(folder, label):
 
 @pytest.fixture
 def options(tmp_path):
-    AcceleratorState._reset_state(reset_partial_state=True)
     return ClassifierOptions(
         model="vmamba_tiny",
         model_arguments={"depths": [1, 1], "dims": [8, 16]},

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from accelerate.state import AcceleratorState
 from families import family
 
 from vssm import zoo
@@ -130,7 +129,6 @@ def test_the_model_of_a_recipe_can_be_made(name):
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_a_shrunken_model_trains_by_its_recipe(name, tmp_path):
-    AcceleratorState._reset_state(reset_partial_state=True)
     torch.save(timm.create_model("mobilenetv3_small_050", num_classes=10).state_dict(), tmp_path / "teacher.pth")
     options = recipe(name)
     small = {"data": "digits", "image_size": 64, "batch_size": 4, "precision": "no", "workers": 0, "cpu": True}

@@ -15,7 +15,6 @@ import pytest
 import timm
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 
@@ -180,7 +179,6 @@ def test_a_sharded_run_that_is_killed_resumes_to_the_same_weights(tmp_path):
 
 
 def test_shards_need_processes(tmp_path):
-    AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(ValueError, match="launch several with torchrun"):
         train(replace(OPTIONS, shard=True), tmp_path / "run")
 
@@ -191,7 +189,6 @@ def test_shards_in_float16_are_refused():
 
 
 def test_a_forecast_counts_shards_and_whole_copies():
-    AcceleratorState._reset_state(reset_partial_state=True)
     run = Run(OPTIONS, None)
     weights = 4 * sum(p.numel() for p in run.plain.parameters())
     assert state_bytes(run) == 5 * weights

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 
 from vssm.classification.data import TRAINING, Digits
@@ -42,7 +41,6 @@ def options(tmp_path):
                         shard.addfile(entry, io.BytesIO(content))
                     place += 1
     (tmp_path / "_info.json").write_text(json.dumps({"splits": info}))
-    AcceleratorState._reset_state(reset_partial_state=True)
     return ClassifierOptions(
         model="vmamba_tiny",
         model_arguments={"depths": [1, 1], "dims": [8, 16]},

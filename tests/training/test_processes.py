@@ -1,16 +1,10 @@
 """What a run refuses of the processes it is launched in."""
 
 import pytest
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 from vssm.training import processes
 from vssm.training.processes import open_processes
-
-
-@pytest.fixture(autouse=True)
-def fresh_state():
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_a_launcher_that_shards_is_refused(monkeypatch):
