@@ -11,6 +11,7 @@ from PIL import Image
 
 from vssm.classification.data import TRAINING, Digits
 from vssm.classification.fitting import LAST, train
+from vssm.classification.loading import _named
 from vssm.classification.options import ClassifierOptions
 from vssm.training.checkpoints import load_checkpoint
 from vssm.training.records import read_rows
@@ -83,3 +84,14 @@ def test_shards_do_not_name_their_classes(options, tmp_path):
 def test_a_stream_that_ends_early_is_named(options, tmp_path):
     with pytest.raises(ValueError, match=r"the data end after 4 of 9 steps of an epoch; set steps_per_epoch"):
         train(replace(options, steps_per_epoch=9), tmp_path / "run")
+
+
+def test_what_a_reader_raises_becomes_one_sentence_even_without_words():
+    def read():
+        yield 1
+        raise AssertionError
+
+    batches = _named(read(), "wds")
+    assert next(batches) == 1
+    with pytest.raises(ValueError, match=r"^wds cannot be read further: AssertionError$"):
+        next(batches)

@@ -130,7 +130,9 @@ def _named(batches: Iterable, dataset: str) -> Iterator:
         yield from batches
     # what the readers' libraries raise is theirs, and their number is open
     except Exception as error:
-        raise ValueError(f"{dataset} cannot be read further: {str(error).strip().splitlines()[-1]}") from error
+        # the last line: a worker process puts a traceback before it; some errors say nothing
+        said = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise ValueError(f"{dataset} cannot be read further: {said}") from error
 
 
 def validation_loader(
